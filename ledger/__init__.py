@@ -1,0 +1,1 @@
+"""Accounts, lots, entries, allocations and operations: the heart of the service."""

@@ -1,0 +1,1 @@
+"""Merchants: their registry, configuration, roles and databases, each isolated from the others."""

@@ -1,0 +1,97 @@
+"""Connections: one small pool of writers a merchant, opened on first use and closed when idle for long.
+
+All sessions carry timeouts, so that neither a frozen worker nor a slow statement can hold locks for ever.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+WRITER_SETTINGS = {
+    "application_name": "credits-writer",
+    "lock_timeout": "4s",
+    "statement_timeout": "30s",
+    "idle_in_transaction_session_timeout": "5s",
+    "timezone": "UTC",
+    "jit": "off",
+}
+READER_SETTINGS = {
+    "application_name": "credits-reader",
+    "statement_timeout": "5s",
+    "idle_in_transaction_session_timeout": "5s",
+    "default_transaction_read_only": "on",
+    "timezone": "UTC",
+    "jit": "off",
+}
+CONTROL_SETTINGS = {
+    "application_name": "credits-control",
+    "lock_timeout": "10s",
+    "statement_timeout": "60s",
+    "timezone": "UTC",
+}
+
+
+def engine_url(url: str, *, password: str | None = None) -> URL:
+    """Turn a plain ``postgresql://`` URL into one for SQLAlchemy over asyncpg."""
+    parsed = make_url(url).set(drivername="postgresql+asyncpg")
+    return parsed.set(password=password) if password is not None else parsed
+
+
+def create_engine(url: URL, settings: dict[str, str], *, pool_size: int, max_overflow: int = 0) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=5,
+        pool_pre_ping=False,
+        isolation_level="READ COMMITTED",
+        hide_parameters=True,  # an error's text goes into logs, a command's content does not
+        connect_args=connect_args(settings),
+    )
+
+
+def create_unpooled_engine(url: URL, settings: dict[str, str], **options: Any) -> AsyncEngine:
+    """For administration: each use is one connection, closed at once."""
+    return create_async_engine(
+        url, poolclass=NullPool, hide_parameters=True, connect_args=connect_args(settings), **options
+    )
+
+
+def connect_args(settings: dict[str, str]) -> dict[str, Any]:
+    return {"server_settings": settings, "timeout": 10, "command_timeout": 60}
+
+
+class Pools:
+    """The pools of one kind (writers or readers) for all merchants; the least recently used are closed beyond a cap."""
+
+    def __init__(self, settings: dict[str, str], *, pool_size: int, merchants_max: int) -> None:
+        self._settings = settings
+        self._pool_size = pool_size
+        self._merchants_max = merchants_max
+        self._engines: OrderedDict[str, AsyncEngine] = OrderedDict()
+
+    async def engine(self, merchant_id: str, database_url: str, password: str) -> AsyncEngine:
+        """Return a merchant's engine; may close that of the merchant not used for the longest time."""
+        engine = self._engines.get(merchant_id)
+        if engine is None:
+            url = engine_url(database_url, password=password)
+            engine = self._engines[merchant_id] = create_engine(url, self._settings, pool_size=self._pool_size)
+        self._engines.move_to_end(merchant_id)
+        if len(self._engines) > self._merchants_max:
+            _, oldest = self._engines.popitem(last=False)
+            # Connections in use go on and are closed when they come back.
+            await oldest.dispose(close=False)
+        return engine
+
+    async def forget(self, merchant_id: str) -> None:
+        engine = self._engines.pop(merchant_id, None)
+        if engine is not None:
+            await engine.dispose()
+
+    async def close(self) -> None:
+        while self._engines:
+            _, engine = self._engines.popitem()
+            await engine.dispose()

@@ -1,0 +1,57 @@
+"""What the commands on a merchant's configuration and roles do: pure (spec §6, §7)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from schemas import payloads
+from schemas.errors import Code, Refusal
+from schemas.payloads import MerchantConfig
+
+
+@dataclass(slots=True)
+class Settings:
+    """A merchant's configuration and roles as loaded by a batch, and what the batch changed of them."""
+
+    version: int
+    config: MerchantConfig
+    roles: dict[int, str] = field(default_factory=dict)  # account id of the subject -> role
+    new_versions: list[tuple[int, MerchantConfig, str, bytes]] = field(default_factory=list)
+    changed_roles: dict[int, str | None] = field(default_factory=dict)  # None: revoked
+
+
+def config_object(version: int, config: MerchantConfig) -> dict[str, Any]:
+    return {"version": version, "config": config.model_dump(exclude_none=True)}
+
+
+def configure(settings: Settings, command: payloads.MerchantConfigure, identity: bytes) -> dict[str, Any]:
+    """Replace the whole configuration: it becomes the next version."""
+    if command.expected_version is not None and command.expected_version != settings.version:
+        raise Refusal(
+            Code.VERSION_CONFLICT,
+            "the configuration has another version by now",
+            {"expected_version": command.expected_version, "version": settings.version},
+        )
+    if command.config != settings.config:
+        settings.version += 1
+        settings.config = command.config
+        settings.new_versions.append((settings.version, command.config, command.actor, identity))
+    return config_object(settings.version, settings.config)
+
+
+def assign_role(settings: Settings, subject: int, command: payloads.UserRoleAssign) -> dict[str, Any]:
+    if settings.roles.get(subject) != command.role:
+        settings.roles[subject] = settings.changed_roles[subject] = command.role
+    return {"role": command.role}
+
+
+def revoke_role(settings: Settings, subject: int, command: payloads.UserRoleRevoke) -> dict[str, Any]:
+    """Take a role away; a role the subject does not have is gone already."""
+    if settings.roles.get(subject) == command.role:
+        del settings.roles[subject]
+        settings.changed_roles[subject] = None
+    return {}
+
+
+def load_config(stored: Mapping[str, Any]) -> MerchantConfig:
+    return MerchantConfig.model_validate(stored)

@@ -1,0 +1,92 @@
+"""Reads and writes a merchant's state row, configuration versions and roles."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from catalog.sql import delete_keys, fetch, insert_rows
+from merchants import tables
+from merchants.decisions import Settings
+from schemas.canonical import canonical_json
+from schemas.payloads import MerchantConfig
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The one row of a merchant that tells which versions are in force, and its clock."""
+
+    config_version: int
+    catalog_version: int
+    clock_offset: timedelta
+    now: datetime  # the database's clock plus the offset, read in the same statement
+
+
+_READ_STATE = """
+SELECT config_version, catalog_version, clock_offset, clock_timestamp() + clock_offset FROM merchant_state
+"""
+
+
+async def read_state(connection: AsyncConnection, *, for_update: bool = False) -> State:
+    rows = await fetch(connection, _READ_STATE + ("FOR UPDATE" if for_update else ""))
+    return State(*rows[0])
+
+
+async def read_config(connection: AsyncConnection, version: int) -> MerchantConfig:
+    rows = await fetch(connection, "SELECT config::text FROM merchant_config WHERE version = $1", version)
+    return MerchantConfig.model_validate(json.loads(rows[0][0]))
+
+
+async def load_roles(connection: AsyncConnection, subjects: Sequence[int]) -> dict[int, str]:
+    sql = "SELECT account_id, role FROM user_roles WHERE account_id = ANY($1::bigint[])"
+    return {row[0]: row[1] for row in await fetch(connection, sql, list(subjects))} if subjects else {}
+
+
+async def add_config(
+    connection: AsyncConnection, version: int, config: MerchantConfig, actor: str, command: bytes, now: datetime
+) -> None:
+    sql = """
+    INSERT INTO merchant_config (version, config, actor, command, applied_at)
+    VALUES ($1, $2::text::jsonb, $3, $4, $5) ON CONFLICT (version) DO NOTHING
+    """
+    text = canonical_json(config.model_dump(exclude_none=True)).decode()
+    await connection.exec_driver_sql(sql, (version, text, actor, command, now))
+
+
+async def save_settings(connection: AsyncConnection, settings: Settings, now: datetime) -> None:
+    for version, config, actor, command in settings.new_versions:
+        await add_config(connection, version, config, actor, command, now)
+    assigned = [(subject, role, now) for subject, role in settings.changed_roles.items() if role is not None]
+    suffix = "ON CONFLICT (account_id) DO UPDATE SET role = excluded.role, assigned_at = excluded.assigned_at"
+    await insert_rows(connection, tables.user_roles, ("account_id", "role", "assigned_at"), assigned, suffix)
+    revoked = [(subject,) for subject, role in settings.changed_roles.items() if role is None]
+    await delete_keys(connection, tables.user_roles, ("account_id",), revoked)
+
+
+async def erase_roles(connection: AsyncConnection, account_ids: Sequence[int]) -> None:
+    await delete_keys(connection, tables.user_roles, ("account_id",), [(account_id,) for account_id in account_ids])
+
+
+async def bump_versions(connection: AsyncConnection, *, config_version: int, catalog_changed: bool) -> None:
+    sql = "UPDATE merchant_state SET config_version = $1, catalog_version = catalog_version + $2"
+    await connection.exec_driver_sql(sql, (config_version, int(catalog_changed)))
+
+
+async def advance_clock(connection: AsyncConnection, seconds: int, command: bytes) -> tuple[timedelta, datetime]:
+    """Move a simulated merchant's clock forward, once for each command; returns (offset, now) after it."""
+    await connection.exec_driver_sql(
+        """
+        WITH advanced AS (
+            INSERT INTO clock_advances (command, seconds, clock_offset, advanced_at)
+            SELECT $2, $1::bigint, clock_offset + make_interval(secs => $1::bigint), clock_timestamp() FROM merchant_state
+            ON CONFLICT DO NOTHING RETURNING clock_offset
+        )
+        UPDATE merchant_state s SET clock_offset = a.clock_offset FROM advanced a
+        """,
+        (seconds, command),
+    )
+    sql = "SELECT clock_offset, advanced_at + clock_offset FROM clock_advances WHERE command = $1"
+    row = (await fetch(connection, sql, command))[0]
+    return row[0], row[1]

@@ -1,0 +1,1 @@
+"""Schema migrations: the lineages ``control`` (one database) and ``merchant`` (a database each)."""

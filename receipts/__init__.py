@@ -1,0 +1,1 @@
+"""Receipts, credit notes and corrections: documents, tax and numbering."""

@@ -1,0 +1,169 @@
+"""Tax on a tax-inclusive amount (spec §5; the algorithm is told in ``receipts/README.md``).
+
+``tax = round_half_up(gross·r / (100 + r))``, ``net = gross − tax``; on credit notes cumulatively, so that any number
+of parts sums to the whole. Amounts are exact decimals in the currency's own scale.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Context, Decimal
+from typing import Any
+
+from schemas.codec import format_decimal
+from schemas.money import format_amount, from_minor, quantize, to_minor
+from schemas.payloads import MerchantConfig, SnapshotTax, VatRate
+
+_WIDE = Context(prec=80)
+
+# What upstream calls a tax, as the categories of EN 16931 (UNCL5305).
+_CATEGORIES = {
+    "S": "S",
+    "VAT": "S",
+    "Z": "Z",
+    "ZERO": "Z",
+    "E": "E",
+    "EXEMPT": "E",
+    "AE": "AE",
+    "REVERSE_CHARGE": "AE",
+    "O": "O",
+    "OUT_OF_SCOPE": "O",
+    "NONE": "O",
+}
+UNTAXED = frozenset({"Z", "E", "AE", "O"})
+
+
+@dataclass(frozen=True, slots=True)
+class TaxLine:
+    """The tax of one category and rate: ``net + tax = gross``."""
+
+    category: str
+    rate: Decimal  # percent
+    gross: Decimal
+    tax: Decimal
+    note: str | None = None
+
+    @property
+    def net(self) -> Decimal:
+        return self.gross - self.tax
+
+    def as_object(self, currency: str) -> dict[str, Any]:
+        shown = {
+            "category": self.category,
+            "rate": format_decimal(self.rate),
+            "net": format_amount(self.net, currency),
+            "tax": format_amount(self.tax, currency),
+            "gross": format_amount(self.gross, currency),
+        }
+        return shown | ({"note": self.note} if self.note else {})
+
+
+def included_tax(gross: Decimal, rate: Decimal, currency: str) -> Decimal:
+    """Compute the tax contained in ``gross`` at ``rate`` percent, rounded half up to the currency's minor unit."""
+    exact = _WIDE.divide(_WIDE.multiply(gross, rate), 100 + rate)
+    return quantize(exact, currency)
+
+
+def rate_for(config: MerchantConfig, country: str, at: datetime) -> VatRate | None:
+    """Find the VAT rate in force for a country: its own, else the one for everywhere else."""
+    valid = [
+        rate
+        for rate in config.vat_rates or ()
+        if (rate.valid_from is None or rate.valid_from <= at) and (rate.valid_to is None or at < rate.valid_to)
+    ]
+    for wanted in (country, "*"):
+        for rate in valid:
+            if rate.country == wanted:
+                return rate
+    return None
+
+
+def tax_block(
+    config: MerchantConfig, country: str, currency: str, gross: Decimal, upstream: SnapshotTax | None, at: datetime
+) -> dict[str, Any]:
+    """Build a receipt's ``tax`` block: regime, lines and totals; upstream's own figures win and are flagged if odd."""
+    ours = own_line(config, country, currency, gross, at)
+    line, source = (ours, "merchant") if upstream is None else (upstream_line(upstream, currency, gross), "upstream")
+    block: dict[str, Any] = {"regime": config.tax_regime, "source": source}
+    block |= totals([line] if line else [], gross, currency)
+    note = (upstream.note if upstream is not None else None) or config.tax_status_note
+    if note:
+        block["note"] = note
+    if upstream is not None and flags(upstream, line, ours, currency, gross):
+        block["discrepancy"] = flags(upstream, line, ours, currency, gross)
+    return block
+
+
+def own_line(config: MerchantConfig, country: str, currency: str, gross: Decimal, at: datetime) -> TaxLine | None:
+    """Compute the tax line of the merchant's own regime; turnover and none have no line."""
+    if config.tax_regime != "vat":
+        return None
+    found = rate_for(config, country, at)
+    if found is None:
+        return TaxLine("O", Decimal(0), gross, quantize(Decimal(0), currency))
+    category = found.category or ("S" if found.rate else "Z")
+    rate = Decimal(0) if category in UNTAXED else found.rate
+    return TaxLine(category, rate, gross, included_tax(gross, rate, currency))
+
+
+def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal) -> TaxLine | None:
+    """Read the tax upstream charged; a type without tax (turnover, none) has no line."""
+    rate, amount = upstream.rate or Decimal(0), upstream.amount
+    category = _CATEGORIES.get(upstream.type.upper().replace("-", "_"))
+    if category is None:
+        category = "S" if rate or amount else None
+    if category is None or (upstream.type.lower() == "none" and not amount):
+        return None
+    if amount is None:
+        amount = included_tax(gross, rate, currency)
+    return TaxLine(category, rate, gross, quantize(amount, currency), upstream.note)
+
+
+def flags(
+    upstream: SnapshotTax, line: TaxLine | None, ours: TaxLine | None, currency: str, gross: Decimal
+) -> dict[str, Any]:
+    """Name what is odd about upstream's figures: their own arithmetic, and what we would have charged."""
+    found: dict[str, Any] = {}
+    if upstream.rate is not None and upstream.amount is not None:
+        expected = included_tax(gross, upstream.rate, currency)
+        if expected != upstream.amount:
+            found["arithmetic"] = {"rate_gives": format_amount(expected, currency)}
+    charged = line.tax if line else Decimal(0)
+    expected = ours.tax if ours else Decimal(0)
+    if charged != expected:
+        found["merchant_tax"] = format_amount(expected, currency)
+    return found
+
+
+def totals(lines: Sequence[TaxLine], gross: Decimal, currency: str) -> dict[str, Any]:
+    tax = sum((line.tax for line in lines), Decimal(0))
+    return {
+        "lines": [line.as_object(currency) for line in lines],
+        "net": format_amount(gross - tax, currency),
+        "tax": format_amount(tax, currency),
+        "gross": format_amount(gross, currency),
+    }
+
+
+def credited_tax_block(
+    receipt: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]], amount: Decimal
+) -> dict[str, Any]:
+    """Build the ``tax`` block of a credit note over ``amount``, given the receipt and the notes standing before it.
+
+    The tax of all standing notes together is the receipt's tax in proportion, rounded once: so parts sum exactly.
+    """
+    currency = receipt["currency"]
+    tax = receipt["tax"]
+    standing = list(earlier)
+    whole = to_minor(Decimal(receipt["amount"]), currency)
+    gross_so_far = sum(to_minor(Decimal(note["amount"]), currency) for note in standing) + to_minor(amount, currency)
+    lines = []
+    for index, line in enumerate(tax["lines"]):
+        line_tax = to_minor(Decimal(line["tax"]), currency)
+        before = sum(to_minor(Decimal(note["tax"]["lines"][index]["tax"]), currency) for note in standing)
+        cumulative = (2 * line_tax * gross_so_far + whole) // (2 * whole)
+        part = from_minor(cumulative - before, currency)
+        lines.append(TaxLine(line["category"], Decimal(line["rate"]), amount, part, line.get("note")))
+    block: dict[str, Any] = {"regime": tax["regime"], "source": tax["source"]}
+    block |= totals(lines, amount, currency)
+    return block | ({"note": tax["note"]} if "note" in tax else {})

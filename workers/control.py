@@ -1,0 +1,278 @@
+"""The commands of ``credits.control``: registering, suspending, resuming merchants, moving a test clock.
+
+They change more than one database, so they are not one transaction: each step can be done again, and the last one,
+in the control database, writes the result and the position together.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import structlog
+from aiokafka import TopicPartition as TP
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+import merchants.registry
+import merchants.store
+from catalog.sql import fetch
+from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_url
+from merchants.registry import Merchant
+from schemas import payloads
+from schemas.canonical import format_time
+from schemas.envelope import DecodeContext, Incoming, decode
+from schemas.errors import Code, Refusal
+from schemas.topics import CONTROL_CHANNEL
+from workers import inbox, outgoing, positions
+from workers.decide import Reception
+from workers.inbox import Row, keyed
+from workers.lanes import Lease, Outcome, Record
+from workers.pipeline import Backoff, is_race, is_trouble
+from workers.positions import LostOwnershipError, Position
+from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
+from workers.transaction import Message, plan
+
+log = structlog.get_logger(__name__)
+
+EnsureTopics = Callable[[Merchant], Awaitable[None]]
+SendDue = Callable[[Merchant], Awaitable[object]]
+
+
+@dataclass(kw_only=True)
+class ControlDesk(Reception):
+    """One message of the control topic; a command that is new waits in ``fresh`` for what it has to do."""
+
+    fresh: tuple[Row, Incoming] | None = None
+
+    def decide(self, row: Row, incoming: Incoming) -> None:
+        self.fresh = (row, incoming)
+
+
+@dataclass
+class Control:
+    """The handler of the control topic.
+
+    ``ensure_topics`` makes a merchant's topics; ``send_due`` has a merchant's due jobs sent.
+    """
+
+    engine: AsyncEngine
+    admin_url: str
+    publisher: Publisher
+    ensure_topics: EnsureTopics
+    send_due: SendDue
+    _published: dict[TP, int] = field(default_factory=dict)
+    _known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
+    _secret: bytes = b""
+
+    async def process(self, records: Sequence[Record], lease: Lease) -> Outcome:
+        """Work on the records one by one; see ``workers.lanes.Handler``."""
+        outcome = Outcome()
+        for record in records:
+            tp = TP(record.topic, record.partition)
+            if tp in outcome.seek:
+                continue
+            if not await self._until_done(record, lease, outcome):
+                break
+        return outcome
+
+    async def idle(self, lease: Lease) -> None:
+        if self._published:
+            async with self.engine.begin() as connection:
+                await positions.note_published(connection, self._published, lease.worker_id)
+
+    async def _until_done(self, record: Record, lease: Lease, outcome: Outcome) -> bool:
+        """Work on one record until it is done; False when it is this worker's no more."""
+        backoff = Backoff(CONTROL_CHANNEL, lease)
+        while lease.alive():
+            try:
+                await self._once(record, lease, outcome)
+                return True
+            except (LostOwnershipError, LeaseEndedError) as lost:
+                log.warning("a control command is dropped", reason=repr(lost))
+                return False
+            except Exception as error:
+                if not (is_trouble(error) or is_race(error) or isinstance(error, PublishTimeoutError)):
+                    raise
+                if not await backoff.wait(error):
+                    return False
+        return False
+
+    async def _once(self, record: Record, lease: Lease, outcome: Outcome) -> None:
+        tp = TP(record.topic, record.partition)
+        message = await self._decode(record)
+        async with self.engine.begin() as connection:
+            todo, desk = await self._look_up(connection, message, lease)
+            if todo.seek:
+                outcome.seek |= todo.seek
+                return
+            is_fresh = bool(todo.fresh)
+        if is_fresh and desk.fresh is not None:
+            await self._decide(desk, *desk.fresh)
+        if is_fresh:
+            await self._save(desk, message, lease)
+        await self._publish(desk, lease)
+        self._published[tp] = outcome.commit[tp] = record.offset + 1
+
+    async def _decode(self, record: Record) -> Message:
+        if not self._secret:
+            async with self.engine.begin() as connection:
+                self._secret = await merchants.registry.control_secret(connection)
+        context = DecodeContext(None, CONTROL_CHANNEL, self._secret, {}, Decimal(10**9))
+        message = decode(record, context)
+        if isinstance(message, Incoming) and message.business_key is not None:
+            message.business_key = keyed(message.business_key, self._secret)
+        return message
+
+    async def _look_up(self, connection: AsyncConnection, message: Message, lease: Lease) -> tuple[Any, ControlDesk]:
+        """Lock the position, and answer what was seen before."""
+        todo = await plan(
+            connection,
+            [message],
+            worker_id=lease.worker_id,
+            first=lease.first,
+            published=self._published,
+            known_gaps=self._known_gaps,
+        )
+        now = await self._now(connection)
+        desk = ControlDesk(merchant_id=None, now=now)
+        if not todo.seek and isinstance(message, Incoming):
+            keys = [message.business_key] if message.business_key is not None else []
+            identities = [message.identity, inbox.conflict_identity(message)]
+            for row in await inbox.load(connection, identities, keys, control=True):
+                desk.inbox[row.identity] = row
+                if row.business_key is not None:
+                    desk.keys[row.business_key] = row
+            if todo.fresh or todo.repeat:
+                desk.receive(message)
+        elif todo.fresh and not isinstance(message, Incoming):
+            log.error("a control message has no identity", code=message.code, offset=message.offset)
+        await positions.save(connection, todo.rows)
+        return todo, desk
+
+    async def _now(self, connection: AsyncConnection) -> datetime:
+        now: datetime = (await fetch(connection, "SELECT clock_timestamp()"))[0][0]
+        return now
+
+    async def _decide(self, desk: ControlDesk, row: Row, incoming: Incoming) -> None:
+        try:
+            effects = await _HANDLERS[incoming.type](self, incoming)
+        except Refusal as refusal:
+            desk.conclude(row, incoming, refusal, {}, None)
+        except Exception as error:
+            if is_trouble(error) or is_race(error):
+                raise
+            # A defect of ours must not stop the commands behind this one.
+            log.exception("a control command cannot be decided", offset=incoming.offset)
+            refusal = Refusal(Code.INTERNAL_ERROR, "the command could not be decided; the operators know", {})
+            desk.conclude(row, incoming, refusal, {}, None)
+            desk.dead_letter(incoming, refusal)
+        else:
+            desk.conclude(row, incoming, None, effects, None)
+            desk.claim_key(row, incoming)
+        desk.add(row, incoming)
+
+    async def _save(self, desk: ControlDesk, message: Message, lease: Lease) -> None:
+        tp = TP(message.topic, message.partition)
+        async with self.engine.begin() as connection:
+            locked = await positions.lock(connection, [tp], lease.worker_id)
+            if locked[tp].owner != lease.worker_id:
+                raise LostOwnershipError(tp.topic)
+            for row in desk.new_rows:
+                row.result = inbox.result_text(row)
+            await inbox.save(connection, desk.new_rows, [])
+            letters = desk.letters
+            if not isinstance(message, Incoming):
+                letters = [inbox.letter_of(message, desk.now)]
+            await inbox.save_dead_letters(connection, letters)
+            owner, published = locked[tp].owner, locked[tp].published_next
+            await positions.save(connection, {tp: Position(owner, message.offset + 1, published)})
+
+    async def _publish(self, desk: ControlDesk, lease: Lease) -> None:
+        await self.publisher.publish(outgoing.results(None, desk.answers, {}), lease)
+        for reply in outgoing.replies(None, desk.answers, {}):
+            await self.publisher.publish_quietly(reply)
+
+    # Commands
+
+    async def _merchant(self, merchant_id: str) -> Merchant:
+        async with self.engine.connect() as connection:
+            merchant = await merchants.registry.find(connection, merchant_id)
+        if merchant is None or merchant.state == "provisioning":
+            raise Refusal(Code.UNKNOWN_MERCHANT, "there is no such merchant", {"merchant_id": merchant_id})
+        return merchant
+
+    async def register(self, incoming: Incoming) -> dict[str, Any]:
+        """Make a merchant: registry row, role, database, configuration, topics, then `active`."""
+        command: payloads.MerchantRegister = incoming.payload
+        async with self.engine.begin() as connection:
+            merchant = await merchants.registry.reserve(
+                connection,
+                command.merchant_id,
+                database_url=merchants.registry.server_url(self.admin_url),
+                partitions=command.partitions,
+                simulated=command.simulated,
+                command=incoming.identity,
+                fingerprint=incoming.fingerprint,
+            )
+        if merchant.fingerprint != incoming.fingerprint:
+            raise Refusal(
+                Code.IDEMPOTENCY_CONFLICT,
+                "another registration of this merchant is under way",
+                {"fields": [], "first": {}},
+            )
+        await merchants.registry.provision(self.admin_url, merchant, command.config, command.actor)
+        await self.ensure_topics(merchant)
+        async with self.engine.begin() as connection:
+            await merchants.registry.set_state(connection, merchant.merchant_id, "active")
+        log.info("merchant registered", merchant=merchant.merchant_id)
+        return {
+            "merchant_id": merchant.merchant_id,
+            "state": "active",
+            "version": 1,
+            "partitions": merchant.partitions,
+            "simulated": merchant.simulated,
+        }
+
+    async def suspend(self, incoming: Incoming) -> dict[str, Any]:
+        return await self._set_state(incoming, "suspended")
+
+    async def resume(self, incoming: Incoming) -> dict[str, Any]:
+        return await self._set_state(incoming, "active")
+
+    async def _set_state(self, incoming: Incoming, state: str) -> dict[str, Any]:
+        merchant = await self._merchant(incoming.payload.merchant_id)
+        if merchant.state != state:
+            async with self.engine.begin() as connection:
+                await merchants.registry.set_state(connection, merchant.merchant_id, state)
+        return {"merchant_id": merchant.merchant_id, "state": state}
+
+    async def advance(self, incoming: Incoming) -> dict[str, Any]:
+        """Move a simulated merchant's clock; done when everything due by then has been sent."""
+        command: payloads.ClockAdvance = incoming.payload
+        merchant = await self._merchant(command.merchant_id)
+        if not merchant.simulated:
+            raise Refusal(
+                Code.IMMUTABLE, "only a simulated merchant's clock moves", {"merchant_id": command.merchant_id}
+            )
+        url = engine_url(merchant.database_url, password=merchant.password)
+        engine = create_unpooled_engine(url, WRITER_SETTINGS)
+        try:
+            async with engine.begin() as connection:
+                offset, now = await merchants.store.advance_clock(connection, command.seconds, incoming.identity)
+        finally:
+            await engine.dispose()
+        await self.send_due(merchant)
+        return {
+            "merchant_id": command.merchant_id,
+            "offset_seconds": offset.days * 86_400 + offset.seconds,
+            "now": format_time(now),
+        }
+
+
+_HANDLERS: Mapping[str, Callable[[Control, Incoming], Awaitable[dict[str, Any]]]] = {
+    "Merchant.Register": Control.register,
+    "Merchant.Suspend": Control.suspend,
+    "Merchant.Resume": Control.resume,
+    "Clock.Advance": Control.advance,
+}

@@ -1,0 +1,317 @@
+"""From records to results: decode, apply in one transaction, publish, and only then hand offsets on (spec §9).
+
+Three kinds of failure. A refusal is an answer. Trouble (a lost connection, a deadlock, a race on a key, the broker
+away) is nobody's fault: the same batch again, for as long as this worker owns it. A defect of ours is isolated: the
+one command is answered ``internal_error``, the rest goes on.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import structlog
+from aiokafka import TopicPartition as TP
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+import merchants.store
+from ledger.model import LotsNeeded
+from ledger.store import LOTS_AT_FIRST
+from merchants.databases import WRITER_SETTINGS, Pools
+from merchants.registry import Merchant
+from schemas.envelope import DecodeContext, Incoming, decode
+from schemas.topics import parse_input
+from workers import outgoing, positions
+from workers.decide import PoisonError
+from workers.faults import point
+from workers.inbox import Position, keyed
+from workers.lanes import Lease, Outcome, Record
+from workers.positions import LostOwnershipError
+from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
+from workers.transaction import Applied, Batch, Context, Message, Plan, StaleContextError, plan
+
+log = structlog.get_logger(__name__)
+
+RETRY_FIRST_SECONDS = 0.05
+RETRY_MAX_SECONDS = 5.0
+# A race on a key is settled when the batch is run again; the same violation so often is a defect.
+RACES_MAX = 8
+
+# Trouble of the database by SQLSTATE class or code: connection, resources, operator, serialization, locks.
+_TROUBLE = ("08", "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
+_RACE = ("23505", "23P01")
+
+
+class DefectError(Exception):
+    """A batch cannot be applied for a reason that running it again will not mend."""
+
+
+@dataclass
+class Desk:
+    """What a worker remembers of one merchant."""
+
+    merchant: Merchant
+    context: Context
+    published: dict[TP, int] = field(default_factory=dict)
+    noted: dict[TP, int] = field(default_factory=dict)
+    known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Tell whether an exception is the surroundings' fault, so that the same batch may work the next time."""
+    if isinstance(error, DBAPIError):
+        state = str(getattr(error.orig, "sqlstate", None) or "")
+        return (
+            error.connection_invalidated or isinstance(error, InterfaceError) or not state or state.startswith(_TROUBLE)
+        )
+    return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))
+
+
+def is_race(error: BaseException) -> bool:
+    return isinstance(error, DBAPIError) and str(getattr(error.orig, "sqlstate", None)) in _RACE
+
+
+class Pipeline:
+    """The handler of merchants' lanes."""
+
+    def __init__(self, publisher: Publisher, pools: Pools, *, resource_amount_max: Decimal) -> None:
+        self._publisher = publisher
+        self._pools = pools
+        self._resource_amount_max = resource_amount_max
+        self._merchants: dict[str, Merchant] = {}
+        self._desks: dict[str, Desk] = {}
+        self._replies: set[asyncio.Task[Any]] = set()
+        self.observers: list[Any] = []
+
+    def know(self, merchant: Merchant) -> None:
+        """Take note of a merchant of the registry, before its lane gets records."""
+        self._merchants[merchant.merchant_id] = merchant
+
+    async def process(self, merchant: str, records: list[Record], lease: Lease) -> Outcome:
+        """See ``workers.lanes.Handler``."""
+        desk = await self._desk(merchant, lease)
+        if desk is None:
+            return Outcome()
+        parts = await self._apply_all(desk, records, lease, frozenset())
+        outcome = Outcome()
+        for applied in parts:
+            outcome.commit |= applied.next_offsets
+            outcome.seek |= applied.seek
+        return outcome
+
+    async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
+        """Note what was published, so that a restart repeats nothing of it."""
+        desk = self._desks.get(merchant)
+        if desk is None:
+            return
+        news = {
+            tp: offset for tp, offset in desk.published.items() if tp in partitions and desk.noted.get(tp) != offset
+        }
+        if not news:
+            return
+        try:
+            engine = await self._engine(desk.merchant)
+            async with engine.begin() as connection:
+                await positions.note_published(connection, news, lease.worker_id)
+            desk.noted |= news
+        except Exception as error:
+            # The next batch writes it again; until then a restart would repeat results that are out already.
+            if not is_trouble(error):
+                raise
+            log.warning("published positions are not noted", merchant=merchant, error=repr(error))
+
+    async def _engine(self, merchant: Merchant) -> AsyncEngine:
+        return await self._pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)
+
+    async def _desk(self, merchant_id: str, lease: Lease) -> Desk | None:
+        """Return what is remembered of a merchant, read now if this is its first batch; None if the lease ended."""
+        desk = self._desks.get(merchant_id)
+        if desk is not None:
+            return desk
+        merchant = self._merchants[merchant_id]
+        backoff = Backoff(merchant_id, lease)
+        while True:
+            try:
+                engine = await self._engine(merchant)
+                async with engine.connect() as connection:
+                    state = await merchants.store.read_state(connection)
+                    config = await merchants.store.read_config(connection, state.config_version)
+                break
+            except Exception as error:
+                if not is_trouble(error):
+                    raise
+                if not await backoff.wait(error):
+                    return None
+        context = Context(merchant_id, merchant.secret, merchant.simulated, state.config_version, config)
+        desk = self._desks[merchant_id] = Desk(merchant, context)
+        return desk
+
+    # A batch
+
+    async def _apply_all(
+        self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> list[Applied]:
+        """Apply and publish records; after a defect without the command at fault, or in halves until it is found."""
+        try:
+            applied = await self._apply(desk, records, lease, condemned)
+        except PoisonError as poison:
+            if poison.position in condemned:
+                raise
+            log.exception("a command cannot be decided", merchant=desk.merchant.merchant_id, position=poison.position)
+            return await self._apply_all(desk, records, lease, condemned | {poison.position})
+        except DefectError:
+            place = (records[0].topic, records[0].partition, records[0].offset)
+            if len(records) == 1 and place in condemned:
+                raise
+            log.exception("a batch cannot be applied", merchant=desk.merchant.merchant_id, records=len(records))
+            if len(records) == 1:
+                return await self._apply_all(desk, records, lease, condemned | {place})
+            middle = len(records) // 2
+            before = await self._apply_all(desk, records[:middle], lease, condemned)
+            if not before or before[-1].seek or not lease.alive():
+                return before
+            return before + await self._apply_all(desk, records[middle:], lease, condemned)
+        if applied is None:
+            return []
+        published = await self._publish(desk, applied, lease)
+        return [applied] if published else []
+
+    async def _apply(
+        self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> Applied | None:
+        """Apply records in one transaction, again until it is committed; None when they are not ours any more."""
+        messages = self._decode(desk.context, records)
+        await point("after_decode")
+        lots_wanted: dict[int, int] = {}
+        backoff = Backoff(desk.merchant.merchant_id, lease)
+        races = 0
+        while lease.alive():
+            try:
+                applied = await self._transaction(desk, messages, lease, lots_wanted, condemned)
+                await point("after_commit")
+                return applied
+            except LostOwnershipError as lost:
+                log.warning("a batch is dropped", merchant=desk.merchant.merchant_id, reason=str(lost))
+                return None
+            except StaleContextError:
+                messages = self._decode(desk.context, records)
+            except LotsNeeded as needed:
+                lots_wanted[needed.account_id] = 8 * lots_wanted.get(needed.account_id, LOTS_AT_FIRST)
+            except PoisonError:
+                raise
+            except Exception as error:
+                if is_race(error):
+                    races += 1
+                    if races > RACES_MAX:
+                        raise DefectError from error
+                elif not is_trouble(error):
+                    raise DefectError from error
+                if not await backoff.wait(error):
+                    return None
+        return None
+
+    def _decode(self, context: Context, records: Sequence[Record]) -> list[Message]:
+        assert context.config is not None
+        contexts: dict[str, DecodeContext] = {}
+        messages: list[Message] = []
+        for record in records:
+            found = contexts.get(record.topic)
+            if found is None:
+                merchant_id, channel = parse_input(record.topic)
+                found = contexts[record.topic] = DecodeContext(
+                    merchant_id,
+                    channel,
+                    context.secret,
+                    context.config.external_ref_patterns,
+                    self._resource_amount_max,
+                )
+            message = decode(record, found)
+            if isinstance(message, Incoming) and message.business_key is not None:
+                message.business_key = keyed(message.business_key, context.secret)
+            messages.append(message)
+        return messages
+
+    async def _transaction(
+        self,
+        desk: Desk,
+        messages: Sequence[Message],
+        lease: Lease,
+        lots_wanted: dict[int, int],
+        condemned: frozenset[Position],
+    ) -> Applied:
+        engine = await self._engine(desk.merchant)
+        async with engine.begin() as connection:
+            await point("after_begin")
+            todo: Plan = await plan(
+                connection,
+                messages,
+                worker_id=lease.worker_id,
+                first=lease.first,
+                published=desk.published,
+                known_gaps=desk.known_gaps,
+            )
+            await point("after_positions")
+            batch = Batch(connection, desk.context, lots_wanted, condemned)
+            try:
+                applied = await batch.apply(todo)
+            finally:
+                desk.context = batch.context
+        desk.context = applied.context
+        applied.next_offsets = {tp: row.applied_next for tp, row in todo.rows.items() if tp not in todo.seek}
+        return applied
+
+    async def _publish(self, desk: Desk, applied: Applied, lease: Lease) -> bool:
+        """Publish what a committed batch put out; False when the lease ended before all of it was acknowledged."""
+        merchant = desk.merchant.merchant_id
+        partitions = {answer.row.identity: answer.partition for answer in applied.answers}
+        messages = outgoing.results(merchant, applied.answers, applied.accounts)
+        messages += outgoing.stored_documents(merchant, applied.republished, partitions)
+        messages += outgoing.issued_documents(merchant, applied.issued, applied.accounts, partitions)
+        messages += outgoing.dead_letters(merchant, applied.letters)
+        while True:
+            try:
+                await self._publisher.publish(messages, lease)
+                break
+            except LeaseEndedError:
+                return False
+            except PublishTimeoutError as error:
+                log.warning("the broker does not answer", merchant=merchant, error=repr(error))
+                if not lease.alive():
+                    return False
+        await point("after_publish")
+        desk.published |= applied.next_offsets
+        for observer in self.observers:
+            observer(merchant, applied)
+        for reply in outgoing.replies(merchant, applied.answers, applied.accounts):
+            task = asyncio.create_task(self._publisher.publish_quietly(reply))
+            self._replies.add(task)
+            task.add_done_callback(self._replies.discard)
+        return True
+
+
+class Backoff:
+    """Waits between two tries of a batch, longer each time, with jitter, as long as the lease is alive."""
+
+    def __init__(self, merchant: str, lease: Lease) -> None:
+        self._merchant = merchant
+        self._lease = lease
+        self._seconds = RETRY_FIRST_SECONDS
+
+    async def wait(self, error: BaseException) -> bool:
+        """Wait; False when the lease ended meanwhile."""
+        log.warning("trouble, the batch is tried again", merchant=self._merchant, error=repr(error)[:500])
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._seconds * random.uniform(0.5, 1.0)
+        self._seconds = min(2 * self._seconds, RETRY_MAX_SECONDS)
+        while self._lease.alive() and loop.time() < until:
+            await asyncio.sleep(min(0.2, max(0.0, until - loop.time())))
+        return self._lease.alive()
+
+
+def create_pools(merchants_max: int) -> Pools:
+    """Make the pools of writers: one connection a merchant, because its lane has one batch at a time."""
+    return Pools(WRITER_SETTINGS, pool_size=1, merchants_max=merchants_max)

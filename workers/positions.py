@@ -1,0 +1,92 @@
+"""How far each partition is applied and published, kept in the database that the effects are in (spec §9.1).
+
+Kafka's committed offsets only say where fetching starts. A batch locks its positions first; if one names another
+owner, this worker was replaced while it did not notice, and nothing of the batch may be written or published.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from aiokafka import TopicPartition as TP
+from sqlalchemy import BigInteger, Column, Integer, MetaData, Table, Text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from catalog.sql import fetch, insert_rows
+
+metadata = MetaData()
+
+positions = Table(
+    "positions",
+    metadata,
+    Column("topic", Text, primary_key=True),
+    Column("partition", Integer, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("applied_next", BigInteger, nullable=False),
+    Column("published_next", BigInteger, nullable=False),
+)
+
+_COLUMNS = ("topic", "partition", "owner", "applied_next", "published_next")
+_LOCK = """
+SELECT p.topic, p.partition, p.owner, p.applied_next, p.published_next
+FROM unnest($1::text[], $2::integer[]) AS k (topic, partition) JOIN positions p USING (topic, partition)
+ORDER BY p.topic, p.partition FOR UPDATE OF p
+"""
+
+
+class LostOwnershipError(Exception):
+    """Another worker has taken a partition over: whatever this one still holds of it is not its own any more."""
+
+
+@dataclass(slots=True)
+class Position:
+    """One partition's row: offsets below ``published_next`` are done with, below ``applied_next`` they are decided."""
+
+    owner: str
+    applied_next: int
+    published_next: int
+
+
+@dataclass(slots=True)
+class Positions:
+    """The locked rows of a batch's partitions, and where partitions must be read again from."""
+
+    rows: dict[TP, Position] = field(default_factory=dict)
+    seek: dict[TP, int] = field(default_factory=dict)
+
+
+async def lock(connection: AsyncConnection, partitions: Iterable[TP], worker_id: str) -> dict[TP, Position]:
+    """Lock the rows of the partitions, in order; those never seen begin at 0, owned by this worker."""
+    wanted = sorted(partitions)
+    columns = [tp.topic for tp in wanted], [tp.partition for tp in wanted]
+    found = await fetch(connection, _LOCK, *columns)
+    if len(found) < len(wanted):
+        rows = [(tp.topic, tp.partition, worker_id, 0, 0) for tp in wanted]
+        await insert_rows(connection, positions, _COLUMNS, rows, "ON CONFLICT DO NOTHING")
+        found = await fetch(connection, _LOCK, *columns)
+    return {TP(row[0], row[1]): Position(*row[2:]) for row in found}
+
+
+async def save(connection: AsyncConnection, rows: Mapping[TP, Position]) -> None:
+    sql = """
+    UPDATE positions p SET owner = v.owner, applied_next = greatest(p.applied_next, v.applied_next),
+        published_next = greatest(p.published_next, v.published_next)
+    FROM unnest($1::text[], $2::integer[], $3::text[], $4::bigint[], $5::bigint[])
+        AS v (topic, partition, owner, applied_next, published_next)
+    WHERE p.topic = v.topic AND p.partition = v.partition
+    """
+    if not rows:
+        return
+    values = [(tp.topic, tp.partition, row.owner, row.applied_next, row.published_next) for tp, row in rows.items()]
+    await connection.exec_driver_sql(sql, tuple(map(list, zip(*values, strict=True))))
+
+
+async def note_published(connection: AsyncConnection, published: Mapping[TP, int], worker_id: str) -> None:
+    """Write what was published, outside of a batch; rows that another worker owns by now are left alone."""
+    sql = """
+    UPDATE positions p SET published_next = greatest(p.published_next, least(v.published_next, p.applied_next))
+    FROM unnest($1::text[], $2::integer[], $3::bigint[]) AS v (topic, partition, published_next)
+    WHERE p.topic = v.topic AND p.partition = v.partition AND p.owner = $4
+    """
+    if published:
+        rows = [(tp.topic, tp.partition, offset) for tp, offset in published.items()]
+        await connection.exec_driver_sql(sql, (*map(list, zip(*rows, strict=True)), worker_id))

@@ -1,0 +1,160 @@
+"""Puts a worker together: pipeline, control commands, scheduler and web server around one Faust app."""
+
+import asyncio
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import structlog
+from aiohttp import web
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+import merchants.registry
+import merchants.schema
+from merchants.databases import (
+    CONTROL_SETTINGS,
+    READER_SETTINGS,
+    WRITER_SETTINGS,
+    Pools,
+    create_engine,
+    engine_url,
+)
+from merchants.registry import Merchant
+from schemas.topics import (
+    CHANNELS,
+    CONTROL,
+    CONTROL_RESULTS,
+    all_topics,
+    dead_letter_topic,
+    input_topic,
+    receipts_topic,
+)
+from workers.admin import TopicSpec, ensure_topics
+from workers.app import App, create_app
+from workers.control import Control
+from workers.lanes import Lease, Outcome, Record
+from workers.pipeline import Pipeline
+from workers.publisher import Publisher
+from workers.scheduler import Scheduler
+from workers.settings import WorkerSettings
+
+log = structlog.get_logger(__name__)
+
+CONTROL_LANE = ""
+THIRTY_DAYS_MS = str(30 * 86_400_000)
+
+
+def merchant_topics(merchant_id: str, partitions: int) -> dict[str, TopicSpec]:
+    """The topics of a merchant: results and dead letters for 30 days, receipts for ever, times by the broker."""
+    specs = {}
+    for topic in all_topics(merchant_id):
+        retention = "-1" if topic == receipts_topic(merchant_id) else THIRTY_DAYS_MS
+        config = {"retention.ms": retention, "message.timestamp.type": "LogAppendTime"}
+        specs[topic] = TopicSpec(partitions, config)
+    assert dead_letter_topic(merchant_id) in specs
+    return specs
+
+
+CONTROL_TOPICS = {
+    name: TopicSpec(1, {"retention.ms": THIRTY_DAYS_MS, "message.timestamp.type": "LogAppendTime"})
+    for name in (CONTROL, CONTROL_RESULTS)
+}
+
+
+class Service:
+    """A worker process. Implements ``workers.lanes.Handler``; ``app`` is its Faust app."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        self.publisher = Publisher(settings.kafka_bootstrap_servers, settings.security_kwargs())
+        self.writers = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=settings.merchants_max)
+        self.readers = Pools(READER_SETTINGS, pool_size=settings.readers, merchants_max=settings.merchants_max)
+        self.jobs = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=4)
+        self.control_engine: AsyncEngine = create_engine(
+            engine_url(settings.control_database_url), CONTROL_SETTINGS, pool_size=2, max_overflow=2
+        )
+        self.pipeline = Pipeline(
+            self.publisher, self.writers, resource_amount_max=Decimal(settings.resource_amount_max)
+        )
+        self.scheduler = Scheduler(self.control_engine, self.jobs, self.publisher)
+        self.control = Control(
+            self.control_engine,
+            settings.control_database_url,
+            self.publisher,
+            self._ensure_topics,
+            self.scheduler.send_due,
+        )
+        self.merchants: dict[str, Merchant] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.app: App = create_app(
+            settings,
+            self,
+            merchants=self._topics,
+            on_start=self._start,
+            on_stop=self._stop,
+            web_setup=self._mount,
+        )
+
+    # Handler
+
+    async def process(self, merchant: str, records: list[Record], lease: Lease) -> Outcome:
+        if merchant == CONTROL_LANE:
+            return await self.control.process(records, lease)
+        return await self.pipeline.process(merchant, records, lease)
+
+    async def idle(self, merchant: str, partitions: set[Any], lease: Lease) -> None:
+        if merchant == CONTROL_LANE:
+            await self.control.idle(lease)
+        else:
+            await self.pipeline.idle(merchant, partitions, lease)
+
+    # Life
+
+    async def _start(self) -> None:
+        await merchants.schema.check(self.settings.control_database_url)
+        await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
+        await self.publisher.start()
+        self._tasks = [asyncio.create_task(self._schedule(), name="scheduler")]
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.publisher.stop()
+        for pools in (self.writers, self.readers, self.jobs):
+            await pools.close()
+        await self.control_engine.dispose()
+
+    def _mount(self, application: web.Application) -> None:
+        from workers.web import mount
+
+        mount(application, self)
+
+    async def _topics(self) -> Mapping[str, list[str]]:
+        """Read the registry: what to consume, and which merchants are suspended."""
+        async with self.control_engine.connect() as connection:
+            known = await merchants.registry.all_merchants(connection)
+        topics = {CONTROL_LANE: [CONTROL]}
+        for merchant in known:
+            if merchant.state == "provisioning" or not self.settings.serves(merchant.merchant_id):
+                continue
+            self.merchants[merchant.merchant_id] = merchant
+            self.pipeline.know(merchant)
+            topics[merchant.merchant_id] = [input_topic(merchant.merchant_id, channel) for channel in CHANNELS]
+            state = self.app.state_of_worker
+            (state.hold if merchant.state == "suspended" else state.release)(merchant.merchant_id)
+        return topics
+
+    async def _ensure_topics(self, merchant: Merchant) -> None:
+        topics = merchant_topics(merchant.merchant_id, merchant.partitions)
+        await ensure_topics(self.settings.kafka_bootstrap_servers, topics, self.settings.security_kwargs())
+
+    async def _schedule(self) -> None:
+        """Send what is due, every few seconds, as long as the process lives."""
+        while True:
+            await asyncio.sleep(self.settings.jobs_seconds)
+            try:
+                await self.scheduler.run_once()
+            except Exception as error:
+                # The registry may be away; the next pass does what this one missed.
+                log.warning("a pass of the scheduler failed", error=repr(error)[:500])
