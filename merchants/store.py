@@ -80,7 +80,8 @@ async def advance_clock(connection: AsyncConnection, seconds: int, command: byte
         """
         WITH advanced AS (
             INSERT INTO clock_advances (command, seconds, clock_offset, advanced_at)
-            SELECT $2, $1::bigint, clock_offset + make_interval(secs => $1::bigint), clock_timestamp() FROM merchant_state
+            SELECT $2, $1::bigint, clock_offset + make_interval(secs => $1::bigint), clock_timestamp()
+            FROM merchant_state
             ON CONFLICT DO NOTHING RETURNING clock_offset
         )
         UPDATE merchant_state s SET clock_offset = a.clock_offset FROM advanced a

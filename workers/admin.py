@@ -48,7 +48,7 @@ async def ensure_topics(
         if missing:
             await _create(admin, {name: topics[name] for name in sorted(missing)})
         async with asyncio.timeout(VISIBLE_SECONDS_MAX):
-            while not await _are_usable(admin, topics):  # noqa: ASYNC110
+            while not await _are_usable(admin, topics):
                 await asyncio.sleep(0.05)
     finally:
         await admin.close()

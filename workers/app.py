@@ -7,10 +7,12 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +29,8 @@ REVOKE_SECONDS_MAX = 8.0
 DRAIN_SECONDS_MAX = 20.0
 # From the signal to the end of the process, whatever hangs.
 STOP_SECONDS_MAX = 28.0
+# For the rest of it once everything is drained: connections to a broker that is away close badly.
+CLOSE_SECONDS_MAX = 5.0
 
 Merchants = Callable[[], Awaitable[Mapping[str, list[str]]]]
 Hook = Callable[[], Awaitable[None]]
@@ -170,11 +174,28 @@ class App(BaseApp):
         if lease := self.lanes.lease:
             lease.end()
 
+    async def on_stop(self) -> None:
+        """Drain, then stop; also after a crash it must come to an end."""
+        self.end_in(STOP_SECONDS_MAX)
+        await super().on_stop()
+
+    def end_in(self, seconds: float) -> None:
+        """End the process after a time, unless it has ended by itself."""
+        timer = threading.Timer(seconds, self._end)
+        timer.daemon = True
+        timer.start()
+
+    def _end(self) -> None:
+        sys.stderr.flush()
+        os._exit(0 if self.drained and not self.crashed else 1)
+
     async def _drain(self, *_: Any, **__: Any) -> None:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
-        self.drained = await self.lanes.stop(DRAIN_SECONDS_MAX)
+        lanes = self.state_of_worker.lanes
+        self.drained = lanes is None or await lanes.stop(DRAIN_SECONDS_MAX)
+        self.end_in(CLOSE_SECONDS_MAX)
         log.info("drained" if self.drained else "work was still under way at the end", drained=self.drained)
 
     async def on_shutdown(self) -> None:
@@ -232,9 +253,6 @@ def run_worker(app: App) -> NoReturn:
     The exit code is 0 after a stop in which everything under way was finished, else 1. It takes at most half a minute,
     also when the broker is away.
     """
-
-    def give_up() -> None:
-        sys.stderr.flush()
-        os._exit(0 if app.drained else 1)
-
-    Worker(app, stop_limit=STOP_SECONDS_MAX, give_up=give_up, loop=asyncio.get_event_loop()).execute_from_commandline()
+    Worker(
+        app, on_signal=partial(app.end_in, STOP_SECONDS_MAX), loop=asyncio.get_event_loop()
+    ).execute_from_commandline()

@@ -164,9 +164,9 @@ class Control:
                 raise
             # A defect of ours must not stop the commands behind this one.
             log.exception("a control command cannot be decided", offset=incoming.offset)
-            refusal = Refusal(Code.INTERNAL_ERROR, "the command could not be decided; the operators know", {})
-            desk.conclude(row, incoming, refusal, {}, None)
-            desk.dead_letter(incoming, refusal)
+            defect = Refusal(Code.INTERNAL_ERROR, "the command could not be decided; the operators know", {})
+            desk.conclude(row, incoming, defect, {}, None)
+            desk.dead_letter(incoming, defect)
         else:
             desk.conclude(row, incoming, None, effects, None)
             desk.claim_key(row, incoming)

@@ -182,7 +182,8 @@ class Reception:
 
     def _names(self, incoming: Incoming) -> dict[str, Any]:
         names = {"command_id": incoming.id, "command_source": incoming.source, "command_type": incoming.type}
-        return names if self.merchant_id is None else names | {"merchant_id": self.merchant_id}
+        merchant_id = self.merchant_id or getattr(incoming.payload, "merchant_id", None)
+        return names if merchant_id is None else names | {"merchant_id": merchant_id}
 
     def add(self, row: Row, incoming: Incoming) -> None:
         """Keep a decided message's row, and have it answered."""

@@ -1,6 +1,7 @@
 """Puts a worker together: pipeline, control commands, scheduler and web server around one Faust app."""
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -111,6 +112,9 @@ class Service:
     # Life
 
     async def _start(self) -> None:
+        # A batch makes a hundred thousand objects and no cycles; the default thresholds cost a third of the time.
+        gc.freeze()
+        gc.set_threshold(200_000, 20, 100)
         await merchants.schema.check(self.settings.control_database_url)
         await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
         await self.publisher.start()

@@ -6,7 +6,6 @@ What can change is read after the account locks; then the clock is read, once.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -161,6 +160,7 @@ async def plan(
     rows = await positions.lock(connection, starts, worker_id)
     result = Plan(rows)
     for tp, row in rows.items():
+        row.published_next = max(row.published_next, min(published.get(tp, 0), row.applied_next))
         if tp in first:
             row.owner = worker_id
             gap = (tp, row.published_next, starts[tp])
@@ -169,7 +169,6 @@ async def plan(
                 result.seek[tp] = row.published_next
         elif row.owner != worker_id:
             raise LostOwnershipError(f"{tp.topic} {tp.partition} belongs to {row.owner}")
-        row.published_next = max(row.published_next, min(published.get(tp, 0), row.applied_next))
     for message in messages:
         tp = TP(message.topic, message.partition)
         row = rows[tp]

@@ -14,7 +14,6 @@ relied on. What is changed, and why:
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,6 +90,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     # The assignment the lanes work on, set by the main thread; nothing is fetched for any other.
     leased: object = None
     _known: object = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._committing = asyncio.Lock()
 
     def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:  # noqa: ARG002
         settings = cast(BaseApp, self.app).settings
@@ -216,32 +219,60 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def commit_leased(self, lease: Lease, offsets: Mapping[TP, int]) -> bool:
         """See Feed.commit."""
-        return await self.call(self._commit_leased(lease.token, lease.generation, offsets))
+        return await self.call(self._commit_leased(lease, lambda: offsets))
 
-    async def _commit_leased(self, token: Any, generation: int, offsets: Mapping[TP, int]) -> bool:
-        consumer = self._ensure_consumer()
-        if self.current() is not token or consumer._coordinator.generation != generation:
-            return False
+    async def commit_tails(self, lease: Lease, limit: float) -> None:
+        """Commit past the markers of transactions and aborted records that nobody is given.
+
+        Without it a partition whose last record is such a one would never be without lag.
+        """
+        await self.call(self._commit_leased(lease, lambda: self._tails(lease.token)), limit)
+
+    async def _commit_leased(self, lease: Lease, offsets: Callable[[], Mapping[TP, int]]) -> bool:
+        # One at a time: while one is tried again, no later one may overtake it and be undone by it.
+        async with self._committing:
+            token: Any = lease.token
+            consumer = self._ensure_consumer()
+            if self.current() is not token or consumer._coordinator.generation != lease.generation:
+                return False
+            self._know(token)
+            committed = offsets()
+            if not await self._commit_while_assigned(consumer, token, committed):
+                return False
+            self._done.update(committed)
+            return True
+
+    async def _commit_while_assigned(
+        self, consumer: AIOKafkaConsumer, assignment: Any, offsets: Mapping[TP, int]
+    ) -> bool:
+        """Commit, as long as it takes; aiokafka tries for ever, but must not go on under the next assignment."""
+        if not offsets:
+            return True
         committing = asyncio.ensure_future(
             consumer.commit({tp: OffsetAndMetadata(offset, "") for tp, offset in offsets.items()})
         )
-        # aiokafka tries for ever. It must not go on under the next assignment.
-        await asyncio.wait({committing, token.unassign_future}, return_when=asyncio.FIRST_COMPLETED)
-        if not committing.done():
-            committing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await committing
-            return False
         try:
+            await asyncio.wait({committing, assignment.unassign_future}, return_when=asyncio.FIRST_COMPLETED)
+            if not committing.done():
+                return False
             committing.result()
         except (CommitFailedError, IllegalStateError):
             return False
-        self._know(token)
-        self._done.update(offsets)
+        finally:
+            committing.cancel()
         return True
 
-    async def report(self, lease: Lease | None) -> Report:
-        """Return the state of the thread; on the way commit the tails of partitions (see `_commit_tails`)."""
+    def _tails(self, assignment: Any) -> dict[TP, int]:
+        """Return the positions of partitions that moved on after everything that was handed out was done."""
+        tails = {}
+        for tp in assignment.tps:
+            state, handed, done = assignment.state_value(tp), self._handed.get(tp), self._done.get(tp, -1)
+            if state.has_valid_position and state.position > done and (handed is None or handed <= done):
+                tails[tp] = state.position
+        return tails
+
+    async def report(self) -> Report:
+        """Return the state of the thread."""
         consumer = self._ensure_consumer()
         coordinator, fetcher = consumer._coordinator, consumer._fetcher
         assignment = self.current()
@@ -254,11 +285,9 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             report.dead = "coordination task"
         elif fetcher._fetch_task.done():
             report.dead = "fetch task"
-        if assignment is not None and assignment is self.leased and lease is not None and assignment is lease.token:
+        if assignment is not None and assignment is self.leased:
             self._know(assignment)
             report.lag = self._lag(assignment)
-            if report.coordinator_known:
-                await self._commit_tails(assignment, lease.generation)
         return report
 
     def _lag(self, assignment: Any) -> dict[TP, int]:
@@ -268,21 +297,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             if state.highwater is not None and state.has_valid_position:
                 lag[tp] = max(0, state.highwater - self._done.get(tp, state.position))
         return lag
-
-    async def _commit_tails(self, assignment: Any, generation: int) -> None:
-        """Commit past the markers of transactions and aborted records that nobody is given.
-
-        Without it a partition whose last record is such a one would never be without lag. Only where everything handed
-        out is done.
-        """
-        tails = {}
-        for tp in assignment.tps:
-            state, handed = assignment.state_value(tp), self._handed.get(tp)
-            done = self._done.get(tp, -1)
-            if state.has_valid_position and state.position > done and (handed is None or handed <= done):
-                tails[tp] = state.position
-        if tails:
-            await self._commit_leased(assignment, generation, tails)
 
 
 class Consumer(driver.Consumer):
@@ -542,20 +556,23 @@ class Watch:
 
     async def _look(self, thread: ConsumerThread) -> None:
         try:
-            self.report = await thread.call(thread.report(self._lease()), limit=10.0)
-        except TransportEndedError:
-            self._unanswered += 1
-        except (TimeoutError, KafkaError):
-            # A commit of tails waits for a broker that is away.
-            self.report.coordinator_known = False
-        else:
+            self.report = await thread.call(thread.report(), limit=10.0)
             self._unanswered = 0
-        if self.report.dead and not self._app.should_stop:
+        except (TransportEndedError, TimeoutError):
+            self._unanswered += 1
+        if self._app.should_stop:
+            return
+        if self.report.dead:
             die("the consumer is dead", part=self.report.dead)
-        if self._unanswered >= 3 and not self._app.should_stop:
-            die("the consumer's thread has ended")
+        if self._unanswered >= 3:
+            die("the consumer's thread does not answer")
         self._watch_for_standstill()
         self._reconcile()
+        lease = self._lease()
+        if lease is not None and lease.alive() and self.report.coordinator_known:
+            # While the broker is away this takes its time; the next look tries again.
+            with contextlib.suppress(TransportEndedError, TimeoutError, KafkaError):
+                await thread.commit_tails(lease, limit=5.0)
 
     def _watch_for_standstill(self) -> None:
         lease = self._lease()
@@ -576,17 +593,14 @@ class Watch:
 class Worker(faust.Worker):
     """Runs the app and ends with it; logging is ours, and the end does not wait for a broker that is away."""
 
-    def __init__(self, app: BaseApp, *, stop_limit: float, give_up: Callable[[], None], **options: Any) -> None:
+    def __init__(self, app: BaseApp, *, on_signal: Callable[[], None], **options: Any) -> None:
         super().__init__(app, override_logging=False, quiet=True, redirect_stdouts=False, loglevel="info", **options)
         # It would write to stdout and change the levels of the log.
         self.spinner = None
-        self._stop_limit = stop_limit
-        self._give_up = give_up
+        self._on_signal = on_signal
 
     def _schedule_shutdown(self, signal: Any) -> None:
-        timer = threading.Timer(self._stop_limit, self._give_up)
-        timer.daemon = True
-        timer.start()
+        self._on_signal()
         super()._schedule_shutdown(signal)
 
     def _setproctitle(self, info: str, *, ident: str = "") -> None:

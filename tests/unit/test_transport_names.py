@@ -68,7 +68,7 @@ def test_our_subclasses_override_only_what_they_mean_to(ours: type, theirs: type
 def test_attributes_of_our_app_do_not_hide_attributes_of_faust() -> None:
     from workers.app import App as OurApp
 
-    meant = {"on_start", "on_shutdown", "on_webserver_init", "__init__", "__module__", "__doc__"}
+    meant = {"on_start", "on_stop", "on_shutdown", "on_webserver_init", "__init__", "__module__", "__doc__"}
     set_in_init = {
         "state_of_worker", "drained", "settings", "_folder", "_handler", "_merchants", "_start_hook", "_stop_hook",
         "_web_setup", "_known", "_background", "lanes", "thread", "feed_lane", "subscribe_again",
