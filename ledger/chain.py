@@ -1,20 +1,19 @@
 """The hash chain of an account: each entry seals the lot it issues and the allocations made with it (spec §6).
 
 ``hash_n = SHA-256(hash_{n−1} ‖ canonical JSON of entry n)``. Times are whole microseconds since 1970, decimals
-plain digits as stored, so that the bytes can be recomputed from the tables alone.
+plain digits as stored, UTF-8 without spaces, so that the bytes can be recomputed from the tables alone.
 """
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+
+import orjson
 
 from ledger.model import Allocation, Entry, Lot
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
-
-_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
 
 
 def microseconds(at: datetime) -> int:
@@ -31,7 +30,7 @@ def seal(head: bytes, entry: Entry, lot: Lot | None, allocations: Sequence[Alloc
         microseconds(lot.issued_at),
         microseconds(lot.expires_at),
     ]
-    canonical = _dump(
+    canonical = orjson.dumps(
         [
             entry.account_id,
             entry.user_seq,
@@ -52,4 +51,4 @@ def seal(head: bytes, entry: Entry, lot: Lot | None, allocations: Sequence[Alloc
             [[a.entry_seq, a.lot_seq, a.credits] for a in allocations],
         ]
     )
-    return sha256(head + canonical.encode()).digest()
+    return sha256(head + canonical).digest()

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Context, Decimal
+from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ TOMBSTONE = "erased-"
 """What the user id of an erased account starts with."""
 
 
+@lru_cache(maxsize=65536)
 def account_id_of(user_id: str, secret: bytes) -> int:
     """Compute the account id of a user: 63 bits of an HMAC under the merchant's secret (spec §6)."""
     digest = hmac.digest(secret, b"account\n" + user_id.encode(), sha256)

@@ -423,7 +423,10 @@ async def operation_metrics(
         item = dict(row._mapping) | {"resource_amount": format_decimal(row.resource_amount)}
         durations = item.pop("durations")
         if durations:
-            seconds = [format_decimal(Decimal(d.days * 86_400 + d.seconds) + Decimal(d.microseconds) / 10**6) for d in durations]
+            seconds = [
+                format_decimal(Decimal(d.days * 86_400 + d.seconds) + Decimal(d.microseconds) / 10**6)
+                for d in durations
+            ]
             item["seconds_open"] = {"median": seconds[0], "p95": seconds[1]}
         shown.append(item)
     return shown
@@ -499,7 +502,9 @@ def reversal_object(row: Any) -> Shown:
             "applied_at": format_time(row.applied_at),
             "credit_note_number": row.credit_note_number,
             "won_at": _time(row.won_at),
-            "given_back_lot_id": None if row.given_back_seq is None else entry_id_of(row.account_id, row.given_back_seq),
+            "given_back_lot_id": None
+            if row.given_back_seq is None
+            else entry_id_of(row.account_id, row.given_back_seq),
             "correction_number": row.correction_number,
         }
     )

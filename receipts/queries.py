@@ -9,9 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
 from receipts.model import credited_status, published
-from receipts.store import Stored
-from receipts.store import load_archive as load_archive
+from receipts.store import Stored, load_archive
 from schemas.canonical import format_time
+from schemas.money import format_amount
 
 Shown = dict[str, Any]
 
@@ -91,13 +91,14 @@ async def standing(connection: AsyncConnection, shown: Shown) -> Shown:
     archive = await load_archive(connection, [shown["external_ref"]])
     bodies = archive.bodies[shown["external_ref"]]
     notes = archive.standing_notes(shown["external_ref"])
+    credited = sum((Decimal(note["amount"]) for note in notes), Decimal(0))
     fiscal = await fiscal_receipts(connection, [shown["number"]])
     return {
         "number": shown["number"],
         "kind": shown["kind"],
         "receipt_number": shown["receipt_number"],
         "status": credited_status(bodies),
-        "credited": str(sum((Decimal(note["amount"]) for note in notes), Decimal(0))),
+        "credited": format_amount(credited, shown["currency"]),
         "currency": shown["currency"],
         "documents": [{name: body[name] for name in ("number", "kind", "issued_at", "amount")} for body in bodies],
         "fiscal_receipts": fiscal.get(shown["number"], []),

@@ -48,12 +48,13 @@ class State:
         worker_id: of this process, new at each start.
         counters: what happened since the start.
         lanes: None before the start.
+        report: returns what the consumer last said of itself.
     """
 
     worker_id: str
     counters: Counters = field(default_factory=Counters)
     lanes: Lanes | None = None
-    _report: Callable[[], Report] = Report
+    report: Callable[[], Report] = Report
 
     @property
     def lease(self) -> Lease | None:
@@ -68,12 +69,12 @@ class State:
     @property
     def ready(self) -> bool:
         """Whether the worker has an assignment, possibly an empty one, and the coordinator of the group is known."""
-        return self.lease is not None and self.lease.alive() and self._report().coordinator_known
+        return self.lease is not None and self.lease.alive() and self.report().coordinator_known
 
     @property
     def lag(self) -> dict[TP, int]:
         """Records that are not committed yet, by partition; at most a second old."""
-        return self._report().lag
+        return self.report().lag
 
     def hold(self, merchant: str) -> None:
         """Work on nothing more of a merchant; nothing is lost."""
@@ -134,7 +135,7 @@ class App(BaseApp):
         if not self._known:
             raise RuntimeError("there is no topic to consume")
         watch = Watch(self, lambda: state.lease, lambda: set().union(*self._known.values()))
-        state._report = lambda: watch.report
+        state.report = lambda: watch.report
         self._background = [
             asyncio.create_task(watch.run(), name="watch"),
             asyncio.create_task(self._look_for_merchants(), name="merchants"),

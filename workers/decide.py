@@ -7,6 +7,7 @@ do time and the command move the books.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 import catalog.decisions
@@ -84,6 +85,11 @@ class Reception:
     letters: list[DeadLetter] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     refused_purchases: list[tuple[Row, str | None, Refusal]] = field(default_factory=list)
+
+    @cached_property
+    def applied_at(self) -> str:
+        """The moment of all that is decided now, as it is shown."""
+        return format_time(self.now)
 
     def decide(self, row: Row, incoming: Incoming) -> None:
         """Decide a command that is new in every respect."""
@@ -177,12 +183,12 @@ class Reception:
             kafka_offset=incoming.offset,
             encoding=int(incoming.encoding),
             account_id=None,
-            actor=getattr(incoming.payload, "actor", None),
+            actor=member(incoming.payload, "actor"),
         )
 
     def _names(self, incoming: Incoming) -> dict[str, Any]:
         names = {"command_id": incoming.id, "command_source": incoming.source, "command_type": incoming.type}
-        merchant_id = self.merchant_id or getattr(incoming.payload, "merchant_id", None)
+        merchant_id = self.merchant_id or member(incoming.payload, "merchant_id")
         return names if merchant_id is None else names | {"merchant_id": merchant_id}
 
     def add(self, row: Row, incoming: Incoming) -> None:
@@ -231,16 +237,20 @@ class Reception:
         """Write the outcome into the row, with the figures of its account after the command."""
         row.outcome = "applied" if refusal is None else "rejected"
         row.decided_at = self.now
-        body = self._names(incoming) | {"outcome": row.outcome}
+        body = self._names(incoming)
+        body["outcome"] = row.outcome
         if refusal is not None:
             row.code = refusal.code
             if incoming.type == "Purchase.Settled":
-                self.refused_purchases.append((row, getattr(incoming.payload, "external_ref", None), refusal))
+                self.refused_purchases.append((row, member(incoming.payload, "external_ref"), refusal))
             body["error"] = {"code": refusal.code, "message": refusal.message, "details": refusal.details}
         account = self.account_of(row)
         if account is not None:
-            body |= {"user_seq": account.last_seq, "balance": account.balance, "debt": account.debt}
-        body |= {"applied_at": format_time(self.now), "effects": effects}
+            body["user_seq"] = account.last_seq
+            body["balance"] = account.balance
+            body["debt"] = account.debt
+        body["applied_at"] = self.applied_at
+        body["effects"] = effects
         if time_effects:
             body["time_effects"] = time_effects
         row.body = body
@@ -355,7 +365,7 @@ class Desk(Reception):
     def account_id(self, incoming: Incoming) -> int | None:
         """Tell whose account a command concerns, if any: its user's, or that of the purchase it reverses."""
         payload = incoming.payload
-        user_id = getattr(payload, "user_id", None)
+        user_id = member(payload, "user_id")
         if user_id is not None:
             return self.account_id_of(user_id)
         if incoming.type in ("Refund.Apply", "Chargeback.Apply"):
@@ -442,8 +452,13 @@ def answer_from_store(row: Row) -> Answer:
     return Answer(row, row.partition, result["command_source"], result["command_id"], None, None, None, True)
 
 
+def member(payload: Any, name: str) -> Any:
+    """Return a member of a payload that not every command has (asking a model for what it lacks is slow)."""
+    return None if payload is None else payload.__dict__.get(name)
+
+
 def names_user(incoming: Incoming) -> bool:
-    return hasattr(incoming.payload, "user_id") and incoming.type not in _DESPITE_ERASURE
+    return member(incoming.payload, "user_id") is not None and incoming.type not in _DESPITE_ERASURE
 
 
 def reported(passed: TimeEffects, effects: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,11 +3,11 @@
 The same tables are in each merchant's database and in the control database (without parked commands).
 """
 
-import hmac
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import (
@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import delete_keys, fetch, insert_objects, update_objects
 from schemas.canonical import canonical_json, compact_json
-from schemas.codec import Encoding, parse_time
+from schemas.codec import Encoding
 from schemas.envelope import Incoming, Undeliverable, business_key_digest, message_identity
 from schemas.payloads import COMMANDS
 
@@ -119,12 +119,10 @@ class Row:
     def position(self) -> Position:
         return self.topic, self.partition, self.kafka_offset
 
-    @property
-    def applied_at(self) -> datetime:
+    def applied_at(self) -> str:
         """When the outcome came about: for a repeated business key that of the first message."""
-        if self.body:
-            return parse_time(self.body["applied_at"])
-        return parse_time(self.stored_result()["applied_at"])
+        at: str = (self.body or self.stored_result())["applied_at"]
+        return at
 
     def released_identities(self) -> list[bytes]:
         names = self.released or b""
@@ -288,7 +286,7 @@ def incoming_of(waiting: Parked, row: Row, secret: bytes) -> Incoming:
 
 def keyed(business_key: bytes, secret: bytes) -> bytes:
     """Key a business key's digest: some are a caller's id, which must not be guessable from the inbox."""
-    return hmac.digest(secret, business_key, "sha256")[:16]
+    return blake2b(business_key, digest_size=IDENTITY_SIZE, key=secret).digest()
 
 
 def stored_key(command_type: str, key: str, secret: bytes) -> bytes:

@@ -72,7 +72,7 @@ def results(merchant: str | None, answers: Sequence[Answer], accounts: Mapping[i
         user_id = user_of(answer, accounts)
         value = result_value(row, user_id, answer.payload)
         event_id = result_id(merchant, answer.source, answer.id, row.fingerprint.hex())
-        headers = result_headers(merchant, event_id, row.applied_at, Encoding(row.encoding), answer.traceparent)
+        headers = result_headers(merchant, event_id, row.applied_at(), Encoding(row.encoding), answer.traceparent)
         key = key_of(answer, user_id)
         messages += [OutMessage(topic, key, value, headers, answer.partition)] * answer.times
     return messages

@@ -104,25 +104,29 @@ class Pipeline:
         return outcome
 
     async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
-        """Note what was published, so that a restart repeats nothing of it."""
+        """Claim partitions that had no record yet, and note what was published, so that a restart repeats none of it."""
+        unclaimed = partitions & lease.first
+        known = self._merchants[merchant]
         desk = self._desks.get(merchant)
-        if desk is None:
-            return
-        news = {
-            tp: offset for tp, offset in desk.published.items() if tp in partitions and desk.noted.get(tp) != offset
-        }
-        if not news:
+        done = desk.published if desk is not None else {}
+        noted = desk.noted if desk is not None else {}
+        news = {tp: offset for tp, offset in done.items() if tp in partitions and noted.get(tp) != offset}
+        if not (unclaimed or news):
             return
         try:
-            engine = await self._engine(desk.merchant)
+            engine = await self._engine(known)
             async with engine.begin() as connection:
+                if unclaimed:
+                    await positions.claim(connection, unclaimed, lease.worker_id)
                 await positions.note_published(connection, news, lease.worker_id)
-            desk.noted |= news
         except Exception as error:
-            # The next batch writes it again; until then a restart would repeat results that are out already.
+            # The next batch does both; until then a restart would repeat results that are out already.
             if not is_trouble(error):
                 raise
-            log.warning("published positions are not noted", merchant=merchant, error=repr(error))
+            log.warning("positions are not noted", merchant=merchant, error=repr(error)[:500])
+            return
+        lease.first -= unclaimed
+        noted |= news
 
     async def _engine(self, merchant: Merchant) -> AsyncEngine:
         return await self._pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)

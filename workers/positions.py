@@ -80,6 +80,14 @@ async def save(connection: AsyncConnection, rows: Mapping[TP, Position]) -> None
     await connection.exec_driver_sql(sql, tuple(map(list, zip(*values, strict=True))))
 
 
+async def claim(connection: AsyncConnection, partitions: Iterable[TP], worker_id: str) -> None:
+    """Take idle partitions over, so that a worker that was frozen with records of theirs finds another owner."""
+    rows = await lock(connection, partitions, worker_id)
+    for row in rows.values():
+        row.owner = worker_id
+    await save(connection, rows)
+
+
 async def note_published(connection: AsyncConnection, published: Mapping[TP, int], worker_id: str) -> None:
     """Write what was published, outside of a batch; rows that another worker owns by now are left alone."""
     sql = """

@@ -98,7 +98,7 @@ class Wanted:
 
     def add(self, command_type: str, payload: Any, secret: bytes) -> None:
         self.types.add(command_type)
-        user_id = getattr(payload, "user_id", None)
+        user_id = payload.__dict__.get("user_id")
         if user_id is not None:
             account_id = account_id_of(user_id, secret)
             self.accounts.add(account_id)

@@ -114,7 +114,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             heartbeat_interval_ms=1000,
             # A merchant's database may be away for long: that must not cost the membership.
             max_poll_interval_ms=24 * 3600 * 1000,
-            metadata_max_age_ms=30_000,
+            metadata_max_age_ms=10_000,
             **settings.security_kwargs(),
         )
 
