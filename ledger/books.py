@@ -348,8 +348,8 @@ class Books:
     def lots_of(self, purchase: Purchase) -> list[Lot]:
         """List a purchase's lots: the original, then those given back by won disputes."""
         reversals = self.reversals_of.get(purchase.external_ref, ())
-        seqs = [purchase.lot_seq, *(r.given_back_seq for r in reversals if r.given_back_seq is not None)]
-        return [self.lots_by_id[purchase.account_id, seq] for seq in seqs]
+        given_back = sorted(r.given_back_seq for r in reversals if r.given_back_seq is not None)
+        return [self.lots_by_id[purchase.account_id, seq] for seq in (purchase.lot_seq, *given_back)]
 
 
 def check_balance(balance: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from catalog.decisions import DELIVERY_DELAY
 from catalog.model import OperationType, Product, is_active
-from ledger.books import Books, DocumentDraft, Movement, NewLot
+from ledger.books import Books, DocumentDraft, Movement, NewLot, check_balance
 from ledger.model import (
     TOMBSTONE,
     Account,
@@ -121,8 +121,11 @@ def lot_effects(lot: Lot) -> Effects:
 
 def sign_up(books: Books, given: Given) -> Effects:
     account = known_account(books, given)
+    products = books.catalog.signup_products(books.now)
+    # Before the first grant, because a command that is refused moves nothing.
+    check_balance(account.balance + sum(product.credits for product in products))
     grants = []
-    for product in books.catalog.signup_products(books.now):
+    for product in products:
         lot = issue_grant(books, account, product, given.identity, "welcome")
         grants.append({"product_code": product.product_code} | lot_effects(lot))
     return {"grants": grants}
@@ -181,14 +184,9 @@ def apply_adjustment(books: Books, given: Given) -> Effects:
 
 def open_operation(books: Books, given: Given) -> Effects:
     command: payloads.OperationOpen = given.payload
-    account = books.account(given.account_id) if given.account_id is not None else None
-    try:
-        rate = books.catalog.operation_type_at(command.operation_code, books.now)
-        check_may_open(books, account)
-    except Refusal:
-        # The refusal is final for this operation_id, and a close that waits for it must find it.
-        books.add_operation(_operation(books, given, None, "refused"))
-        raise
+    rate = books.catalog.operation_type_at(command.operation_code, books.now)
+    assert given.account_id is not None
+    check_may_open(books, books.account(given.account_id))
     account = known_account(books, given)
     operation = _operation(books, given, rate, "open")
     books.add_operation(operation)
@@ -199,6 +197,11 @@ def open_operation(books: Books, given: Given) -> Effects:
         "credits_per_unit": format_decimal(operation.credits_per_unit),
         "resource_unit": operation.resource_unit,
     }
+
+
+def refuse_open(books: Books, given: Given) -> None:
+    """Keep a refused Open: the refusal is final for its operation_id, and a close that waits for it must find it."""
+    books.add_operation(_operation(books, given, None, "refused"))
 
 
 def check_may_open(books: Books, account: Account | None) -> None:
@@ -416,7 +419,7 @@ def reverse_chargeback(books: Books, given: Given) -> Effects:
             "chargeback", "chargeback_reversal", reversal.amount, purchase.currency, note=command.justification
         )
         # A lot that has no time at all would be due in the instant it is issued.
-        terms = NewLot(books.now + max(access, timedelta(microseconds=1)), original.product_code, purchase.external_ref)
+        terms = NewLot(books.now + max(access, timedelta(microseconds=1)), purchase=purchase.external_ref)
         lot = books.credit(account, reversal.taken, what, terms, given.identity)
         reversal.given_back_seq = lot.user_seq
         effects |= {"entry_id": lot.lot_id, "lot_id": lot.lot_id}

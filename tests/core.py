@@ -251,6 +251,9 @@ class Core:
         self.buyers = [block for block in self.buyers if block.account_id not in erased]
         for account_id in erased:
             self.roles.pop(account_id, None)
+        for row in self.inbox.values() if erased else ():
+            if row.account_id in erased:
+                row.user_id = desk.books.accounts[row.account_id].user_id
 
     def _issue(self, books: Books) -> list[Issued]:
         issued = []

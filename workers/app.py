@@ -3,17 +3,14 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import structlog
@@ -100,8 +97,7 @@ class App(BaseApp):
         on_stop: Hook,
         web_setup: Callable[[web.Application], None],
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="credits-faust-"))
-        super().__init__(settings, self._folder)
+        super().__init__(settings)
         self.state_of_worker = State(f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         self.drained = False
         self._handler = handler
@@ -203,7 +199,6 @@ class App(BaseApp):
         """Stop what the handler needed, after everything else."""
         await super().on_shutdown()
         await self._stop_hook()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def on_webserver_init(self, faust_web: Any) -> None:
         """Mount our routes; Faust calls this more than once."""

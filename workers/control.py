@@ -4,6 +4,7 @@ They change more than one database, so they are not one transaction: each step c
 in the control database, writes the result and the position together.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,8 +29,8 @@ from workers import inbox, outgoing, positions
 from workers.decide import Reception
 from workers.inbox import Row, keyed
 from workers.lanes import Lease, Outcome, Record
-from workers.pipeline import Backoff, is_race, is_trouble
-from workers.positions import LostOwnershipError, Position
+from workers.pipeline import FORCE_SECONDS, REFUSED_WAIT_SECONDS, Backoff, is_race, is_trouble
+from workers.positions import Claim, LostOwnershipError
 from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
 from workers.transaction import Message, plan
 
@@ -64,6 +65,7 @@ class Control:
     _published: dict[TP, int] = field(default_factory=dict)
     _known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
     _secret: bytes = b""
+    _refused_since: float | None = None
 
     async def process(self, records: Sequence[Record], lease: Lease) -> Outcome:
         """Work on the records one by one; see ``workers.lanes.Handler``."""
@@ -72,14 +74,32 @@ class Control:
             tp = TP(record.topic, record.partition)
             if tp in outcome.seek:
                 continue
-            if not await self._until_done(record, lease, outcome):
-                break
+            try:
+                if not await self._until_done(record, lease, outcome):
+                    break
+            except LostOwnershipError as lost:
+                log.warning("a control command is dropped", reason=str(lost))
+                self._refused_since = self._refused_since or asyncio.get_running_loop().time()
+                await asyncio.sleep(REFUSED_WAIT_SECONDS)
+                lease.first.add(tp)
+                outcome.seek[tp] = record.offset
+            else:
+                self._refused_since = None
         return outcome
 
+    def _by_force(self) -> bool:
+        since = self._refused_since
+        return since is not None and asyncio.get_running_loop().time() - since > FORCE_SECONDS
+
     async def idle(self, lease: Lease) -> None:
-        if self._published:
+        try:
             async with self.engine.begin() as connection:
                 await positions.note_published(connection, self._published, lease.worker_id)
+        except Exception as error:
+            # The next command's batch writes it again.
+            if not is_trouble(error):
+                raise
+            log.warning("control positions are not noted", error=repr(error)[:500])
 
     async def _until_done(self, record: Record, lease: Lease, outcome: Outcome) -> bool:
         """Work on one record until it is done; False when it is this worker's no more."""
@@ -88,8 +108,9 @@ class Control:
             try:
                 await self._once(record, lease, outcome)
                 return True
-            except (LostOwnershipError, LeaseEndedError) as lost:
-                log.warning("a control command is dropped", reason=repr(lost))
+            except LostOwnershipError:
+                raise
+            except LeaseEndedError:
                 return False
             except Exception as error:
                 if not (is_trouble(error) or is_race(error) or isinstance(error, PublishTimeoutError)):
@@ -129,7 +150,7 @@ class Control:
         todo = await plan(
             connection,
             [message],
-            worker_id=lease.worker_id,
+            claim=Claim(lease.worker_id, lease.generation, self._by_force()),
             first=lease.first,
             published=self._published,
             known_gaps=self._known_gaps,
@@ -175,7 +196,7 @@ class Control:
     async def _save(self, desk: ControlDesk, message: Message, lease: Lease) -> None:
         tp = TP(message.topic, message.partition)
         async with self.engine.begin() as connection:
-            locked = await positions.lock(connection, [tp], lease.worker_id)
+            locked = await positions.lock(connection, [tp], Claim(lease.worker_id, lease.generation))
             if locked[tp].owner != lease.worker_id:
                 raise LostOwnershipError(tp.topic)
             for row in desk.new_rows:
@@ -185,8 +206,8 @@ class Control:
             if not isinstance(message, Incoming):
                 letters = [inbox.letter_of(message, desk.now)]
             await inbox.save_dead_letters(connection, letters)
-            owner, published = locked[tp].owner, locked[tp].published_next
-            await positions.save(connection, {tp: Position(owner, message.offset + 1, published)})
+            locked[tp].applied_next = message.offset + 1
+            await positions.save(connection, locked)
 
     async def _publish(self, desk: ControlDesk, lease: Lease) -> None:
         await self.publisher.publish(outgoing.results(None, desk.answers, {}), lease)

@@ -30,9 +30,6 @@ PARKED_FOR_MONEY = timedelta(days=7)
 # Commands that are decided for erased users too; every other one that names such a user is refused.
 _DESPITE_ERASURE = frozenset({"Lot.Expire", "Operation.Expire"})
 
-# Refusals of an Open that leave its operation_id free.
-_NOT_FINAL = frozenset({Code.ACCOUNT_ERASED})
-
 
 class PoisonError(Exception):
     """A command could not be decided for a reason that is a defect of ours; it names where the command stands."""
@@ -344,7 +341,8 @@ class Desk(Reception):
             effects = self._effects(incoming, given)
         except Refusal as refusal:
             self.conclude(row, incoming, refusal, {}, passed.as_object())
-            if incoming.type == "Operation.Open" and refusal.code not in _NOT_FINAL:
+            if incoming.type == "Operation.Open":
+                ledger.decisions.refuse_open(self.books, given)
                 self.claim_key(row, incoming)
         else:
             self.conclude(row, incoming, None, effects, reported(passed, effects))
@@ -422,7 +420,8 @@ class Desk(Reception):
         first = self.keys.get(incoming.business_key) if incoming.business_key is not None else None
         if refusal is not None:
             row.account_id = self.account_id(incoming)
-            self.conclude(row, incoming, refusal, {}, None)
+            passed = self.books.let_time_pass(self.account_of(row), incoming.identity)
+            self.conclude(row, incoming, refusal, {}, passed.as_object())
         elif first is not None and first.fingerprint != incoming.fingerprint:
             self.conclude(row, incoming, self.conflict(first, incoming), {}, None)
         elif first is not None:
@@ -432,7 +431,7 @@ class Desk(Reception):
         answer = self.answer(row, incoming, whole=True)
         answer.times = waiting.waiting
         self.answers.append(answer)
-        released.append(row.identity)
+        released += [row.identity] * waiting.waiting
         return incoming
 
     def release_for_documents(self, numbers: Mapping[bytes, str]) -> None:

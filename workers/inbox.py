@@ -111,7 +111,7 @@ class Row:
     code: str | None = None
     decided_at: datetime | None = None
     result: str | None = None
-    released: bytes | None = None  # identities of the commands it released, one after the other
+    released: bytes | None = None  # identities of the commands it released, once for each answer
     user_id: str | None = None  # of the account, as read with the row
     body: dict[str, Any] = field(default_factory=dict)  # the result while it is being made
 

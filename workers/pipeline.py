@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+import asyncpg
 import structlog
 from aiokafka import TopicPartition as TP
-from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -30,9 +31,18 @@ from workers.decide import PoisonError
 from workers.faults import point
 from workers.inbox import Position, keyed
 from workers.lanes import Lease, Outcome, Record
-from workers.positions import LostOwnershipError
-from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
-from workers.transaction import Applied, Batch, Context, Message, Plan, StaleContextError, plan
+from workers.positions import Claim, LostOwnershipError
+from workers.publisher import LeaseEndedError, OutMessage, Publisher, PublishTimeoutError
+from workers.transaction import (
+    Applied,
+    Batch,
+    Context,
+    Message,
+    Plan,
+    StaleContextError,
+    next_offsets,
+    plan,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +50,10 @@ RETRY_FIRST_SECONDS = 0.05
 RETRY_MAX_SECONDS = 5.0
 # A race on a key is settled when the batch is run again; the same violation so often is a defect.
 RACES_MAX = 8
+# A batch that another owner keeps from us is tried again after the first, and by force after the second of these:
+# longer than a frozen worker stays in the group.
+REFUSED_WAIT_SECONDS = 1.0
+FORCE_SECONDS = 30.0
 
 # Trouble of the database by SQLSTATE class or code: connection, resources, operator, serialization, locks.
 _TROUBLE = ("08", "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
@@ -59,20 +73,26 @@ class Desk:
     published: dict[TP, int] = field(default_factory=dict)
     noted: dict[TP, int] = field(default_factory=dict)
     known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
+    refused_since: float | None = None  # since when another owner keeps this worker from a partition of its own
+
+
+def sqlstate(error: BaseException) -> str:
+    return str(getattr(getattr(error, "orig", error), "sqlstate", None) or "")
 
 
 def is_trouble(error: BaseException) -> bool:
     """Tell whether an exception is the surroundings' fault, so that the same batch may work the next time."""
-    if isinstance(error, DBAPIError):
-        state = str(getattr(error.orig, "sqlstate", None) or "")
-        return (
-            error.connection_invalidated or isinstance(error, InterfaceError) or not state or state.startswith(_TROUBLE)
-        )
+    if isinstance(error, (DBAPIError, asyncpg.PostgresError)):
+        state = sqlstate(error)
+        return not state or state.startswith(_TROUBLE) or getattr(error, "connection_invalidated", False)
+    # COPY goes around SQLAlchemy, so the driver's own errors come as they are; its complaints about values are ours.
+    if isinstance(error, asyncpg.InterfaceError):
+        return not isinstance(error, ValueError)
     return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))
 
 
 def is_race(error: BaseException) -> bool:
-    return isinstance(error, DBAPIError) and str(getattr(error.orig, "sqlstate", None)) in _RACE
+    return isinstance(error, (DBAPIError, asyncpg.PostgresError)) and sqlstate(error) in _RACE
 
 
 class Pipeline:
@@ -96,15 +116,46 @@ class Pipeline:
         desk = await self._desk(merchant, lease)
         if desk is None:
             return Outcome()
-        parts = await self._apply_all(desk, records, lease, frozenset())
+        try:
+            parts = await self._apply_all(desk, records, lease, frozenset())
+        except LostOwnershipError as lost:
+            return await self._refused(desk, records, lease, lost)
+        desk.refused_since = None
         outcome = Outcome()
         for applied in parts:
             outcome.commit |= applied.next_offsets
             outcome.seek |= applied.seek
         return outcome
 
+    async def _refused(self, desk: Desk, records: Sequence[Record], lease: Lease, lost: LostOwnershipError) -> Outcome:
+        """Drop a batch of which a partition has another owner, and read it again if the partitions are ours after all.
+
+        A worker that woke from a freeze learns here that it was replaced; its lease ends within a heartbeat. One that
+        was given the partitions meanwhile waits, and takes them back from an owner that does not go away.
+        """
+        log.warning("a batch is dropped", merchant=desk.merchant.merchant_id, reason=str(lost))
+        now = asyncio.get_running_loop().time()
+        desk.refused_since = desk.refused_since or now
+        waited = 0.0
+        while lease.alive() and waited < REFUSED_WAIT_SECONDS:
+            await asyncio.sleep(0.1)
+            waited += 0.1
+        if not lease.alive():
+            desk.refused_since = None
+            return Outcome()
+        starts: dict[TP, int] = {}
+        for record in records:
+            starts.setdefault(TP(record.topic, record.partition), record.offset)
+        lease.first |= starts.keys()
+        return Outcome(seek=starts)
+
+    def _claim(self, desk: Desk, lease: Lease) -> Claim:
+        now = asyncio.get_running_loop().time()
+        by_force = desk.refused_since is not None and now - desk.refused_since > FORCE_SECONDS
+        return Claim(lease.worker_id, lease.generation, by_force)
+
     async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
-        """Claim partitions that had no record yet, and note what was published, so that a restart repeats none of it."""
+        """Claim partitions that had no record yet, and note what was published, so that no restart repeats it."""
         unclaimed = partitions & lease.first
         known = self._merchants[merchant]
         desk = self._desks.get(merchant)
@@ -117,8 +168,11 @@ class Pipeline:
             engine = await self._engine(known)
             async with engine.begin() as connection:
                 if unclaimed:
-                    await positions.claim(connection, unclaimed, lease.worker_id)
+                    await positions.take_over(connection, unclaimed, Claim(lease.worker_id, lease.generation))
                 await positions.note_published(connection, news, lease.worker_id)
+        except LostOwnershipError as lost:
+            log.warning("idle partitions are not claimed", merchant=merchant, reason=str(lost))
+            return
         except Exception as error:
             # The next batch does both; until then a restart would repeat results that are out already.
             if not is_trouble(error):
@@ -198,14 +252,11 @@ class Pipeline:
                 applied = await self._transaction(desk, messages, lease, lots_wanted, condemned)
                 await point("after_commit")
                 return applied
-            except LostOwnershipError as lost:
-                log.warning("a batch is dropped", merchant=desk.merchant.merchant_id, reason=str(lost))
-                return None
             except StaleContextError:
                 messages = self._decode(desk.context, records)
             except LotsNeeded as needed:
                 lots_wanted[needed.account_id] = 8 * lots_wanted.get(needed.account_id, LOTS_AT_FIRST)
-            except PoisonError:
+            except (PoisonError, LostOwnershipError):
                 raise
             except Exception as error:
                 if is_race(error):
@@ -253,7 +304,7 @@ class Pipeline:
             todo: Plan = await plan(
                 connection,
                 messages,
-                worker_id=lease.worker_id,
+                claim=self._claim(desk, lease),
                 first=lease.first,
                 published=desk.published,
                 known_gaps=desk.known_gaps,
@@ -264,21 +315,25 @@ class Pipeline:
                 applied = await batch.apply(todo)
             finally:
                 desk.context = batch.context
+            # No further than this batch goes: what comes after it may be applied, and not published yet.
+            ends = next_offsets(messages)
+            applied.next_offsets = {
+                tp: max(row.published_next, min(row.applied_next, ends[tp]))
+                for tp, row in todo.rows.items()
+                if tp not in todo.seek
+            }
+            # Before the commit, so that a message that cannot be encoded is a command that cannot be decided.
+            applied.messages = messages_of(desk.merchant.merchant_id, applied)
+            await point("before_commit")
         desk.context = applied.context
-        applied.next_offsets = {tp: row.applied_next for tp, row in todo.rows.items() if tp not in todo.seek}
         return applied
 
     async def _publish(self, desk: Desk, applied: Applied, lease: Lease) -> bool:
         """Publish what a committed batch put out; False when the lease ended before all of it was acknowledged."""
         merchant = desk.merchant.merchant_id
-        partitions = {answer.row.identity: answer.partition for answer in applied.answers}
-        messages = outgoing.results(merchant, applied.answers, applied.accounts)
-        messages += outgoing.stored_documents(merchant, applied.republished, partitions)
-        messages += outgoing.issued_documents(merchant, applied.issued, applied.accounts, partitions)
-        messages += outgoing.dead_letters(merchant, applied.letters)
         while True:
             try:
-                await self._publisher.publish(messages, lease)
+                await self._publisher.publish(applied.messages, lease)
                 break
             except LeaseEndedError:
                 return False
@@ -295,6 +350,17 @@ class Pipeline:
             self._replies.add(task)
             task.add_done_callback(self._replies.discard)
         return True
+
+
+def messages_of(merchant: str, applied: Applied) -> list[OutMessage]:
+    """Make all that a batch publishes: results in order, documents, dead letters."""
+    partitions = {answer.row.identity: answer.partition for answer in applied.answers}
+    return [
+        *outgoing.results(merchant, applied.answers, applied.accounts),
+        *outgoing.stored_documents(merchant, applied.republished, partitions),
+        *outgoing.issued_documents(merchant, applied.issued, applied.accounts, partitions),
+        *outgoing.dead_letters(merchant, applied.letters),
+    ]
 
 
 class Backoff:

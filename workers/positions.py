@@ -5,7 +5,7 @@ owner, this worker was replaced while it did not notice, and nothing of the batc
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiokafka import TopicPartition as TP
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Table, Text
@@ -21,13 +21,14 @@ positions = Table(
     Column("topic", Text, primary_key=True),
     Column("partition", Integer, primary_key=True),
     Column("owner", Text, nullable=False),
+    Column("generation", BigInteger, nullable=False),
     Column("applied_next", BigInteger, nullable=False),
     Column("published_next", BigInteger, nullable=False),
 )
 
-_COLUMNS = ("topic", "partition", "owner", "applied_next", "published_next")
+_COLUMNS = ("topic", "partition", "owner", "generation", "applied_next", "published_next")
 _LOCK = """
-SELECT p.topic, p.partition, p.owner, p.applied_next, p.published_next
+SELECT p.topic, p.partition, p.owner, p.generation, p.applied_next, p.published_next
 FROM unnest($1::text[], $2::integer[]) AS k (topic, partition) JOIN positions p USING (topic, partition)
 ORDER BY p.topic, p.partition FOR UPDATE OF p
 """
@@ -39,28 +40,43 @@ class LostOwnershipError(Exception):
 
 @dataclass(slots=True)
 class Position:
-    """One partition's row: offsets below ``published_next`` are done with, below ``applied_next`` they are decided."""
+    """One partition's row: offsets below ``published_next`` are done with, below ``applied_next`` they are decided.
+
+    ``generation`` is the consumer group's at which the owner took over.
+    """
 
     owner: str
+    generation: int
     applied_next: int
     published_next: int
 
-
-@dataclass(slots=True)
-class Positions:
-    """The locked rows of a batch's partitions, and where partitions must be read again from."""
-
-    rows: dict[TP, Position] = field(default_factory=dict)
-    seek: dict[TP, int] = field(default_factory=dict)
+    def take_over(self, claim: "Claim") -> None:
+        """Make the claimant the owner. Raises LostOwnershipError if a later assignment gave the partition away."""
+        if self.owner != claim.worker_id and self.generation > claim.generation and not claim.by_force:
+            raise LostOwnershipError(f"taken over by {self.owner} at generation {self.generation}")
+        self.owner, self.generation = claim.worker_id, claim.generation
 
 
-async def lock(connection: AsyncConnection, partitions: Iterable[TP], worker_id: str) -> dict[TP, Position]:
-    """Lock the rows of the partitions, in order; those never seen begin at 0, owned by this worker."""
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Who claims partitions, by which assignment.
+
+    ``by_force`` is for a claimant that was refused for longer than a frozen worker can stay in the group: generations
+    may begin anew when a group is made again.
+    """
+
+    worker_id: str
+    generation: int
+    by_force: bool = False
+
+
+async def lock(connection: AsyncConnection, partitions: Iterable[TP], claim: Claim) -> dict[TP, Position]:
+    """Lock the rows of the partitions, in order; those never seen begin at 0, owned by the claimant."""
     wanted = sorted(partitions)
     columns = [tp.topic for tp in wanted], [tp.partition for tp in wanted]
     found = await fetch(connection, _LOCK, *columns)
     if len(found) < len(wanted):
-        rows = [(tp.topic, tp.partition, worker_id, 0, 0) for tp in wanted]
+        rows = [(tp.topic, tp.partition, claim.worker_id, claim.generation, 0, 0) for tp in wanted]
         await insert_rows(connection, positions, _COLUMNS, rows, "ON CONFLICT DO NOTHING")
         found = await fetch(connection, _LOCK, *columns)
     return {TP(row[0], row[1]): Position(*row[2:]) for row in found}
@@ -68,23 +84,27 @@ async def lock(connection: AsyncConnection, partitions: Iterable[TP], worker_id:
 
 async def save(connection: AsyncConnection, rows: Mapping[TP, Position]) -> None:
     sql = """
-    UPDATE positions p SET owner = v.owner, applied_next = greatest(p.applied_next, v.applied_next),
+    UPDATE positions p SET owner = v.owner, generation = v.generation,
+        applied_next = greatest(p.applied_next, v.applied_next),
         published_next = greatest(p.published_next, v.published_next)
-    FROM unnest($1::text[], $2::integer[], $3::text[], $4::bigint[], $5::bigint[])
-        AS v (topic, partition, owner, applied_next, published_next)
+    FROM unnest($1::text[], $2::integer[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])
+        AS v (topic, partition, owner, generation, applied_next, published_next)
     WHERE p.topic = v.topic AND p.partition = v.partition
     """
     if not rows:
         return
-    values = [(tp.topic, tp.partition, row.owner, row.applied_next, row.published_next) for tp, row in rows.items()]
+    values = [
+        (tp.topic, tp.partition, row.owner, row.generation, row.applied_next, row.published_next)
+        for tp, row in rows.items()
+    ]
     await connection.exec_driver_sql(sql, tuple(map(list, zip(*values, strict=True))))
 
 
-async def claim(connection: AsyncConnection, partitions: Iterable[TP], worker_id: str) -> None:
+async def take_over(connection: AsyncConnection, partitions: Iterable[TP], claim: Claim) -> None:
     """Take idle partitions over, so that a worker that was frozen with records of theirs finds another owner."""
-    rows = await lock(connection, partitions, worker_id)
+    rows = await lock(connection, partitions, claim)
     for row in rows.values():
-        row.owner = worker_id
+        row.take_over(claim)
     await save(connection, rows)
 
 

@@ -32,7 +32,8 @@ from workers.decide import Answer, Desk, answer_from_store
 from workers.documents import Issued, numbers_by_command
 from workers.faults import point
 from workers.inbox import DeadLetter, Parked, Row
-from workers.positions import LostOwnershipError, Position
+from workers.positions import Claim, LostOwnershipError, Position
+from workers.publisher import OutMessage
 
 Message = Incoming | Undeliverable
 
@@ -77,6 +78,7 @@ class Applied:
     republished: list[receipts.store.Stored] = field(default_factory=list)  # documents read back
     letters: list[DeadLetter] = field(default_factory=list)
     accounts: Mapping[int, Account] = field(default_factory=dict)
+    messages: list[OutMessage] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -144,7 +146,7 @@ async def plan(
     connection: AsyncConnection,
     messages: Sequence[Message],
     *,
-    worker_id: str,
+    claim: Claim,
     first: set[TP],
     published: Mapping[TP, int],
     known_gaps: set[tuple[TP, int, int]],
@@ -157,17 +159,17 @@ async def plan(
     starts: dict[TP, int] = {}
     for message in messages:
         starts.setdefault(TP(message.topic, message.partition), message.offset)
-    rows = await positions.lock(connection, starts, worker_id)
+    rows = await positions.lock(connection, starts, claim)
     result = Plan(rows)
     for tp, row in rows.items():
         row.published_next = max(row.published_next, min(published.get(tp, 0), row.applied_next))
         if tp in first:
-            row.owner = worker_id
+            row.take_over(claim)
             gap = (tp, row.published_next, starts[tp])
             if starts[tp] > row.published_next and gap not in known_gaps:
                 known_gaps.add(gap)
                 result.seek[tp] = row.published_next
-        elif row.owner != worker_id:
+        elif row.owner != claim.worker_id:
             raise LostOwnershipError(f"{tp.topic} {tp.partition} belongs to {row.owner}")
     for message in messages:
         tp = TP(message.topic, message.partition)
@@ -212,7 +214,6 @@ class Batch:
         for tp, offset in next_offsets(todo.fresh).items():
             todo.rows[tp].applied_next = offset
         await positions.save(self.connection, todo.rows)
-        await point("before_commit")
         return applied
 
     # Loading

@@ -17,7 +17,6 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import faust
@@ -394,13 +393,12 @@ class BaseApp(faust.App):
     BootStrategy = BootStrategy
     mundane_level = "debug"
 
-    def __init__(self, settings: WorkerSettings, datadir: Path, **options: Any) -> None:
+    def __init__(self, settings: WorkerSettings, **options: Any) -> None:
         self.settings = settings
         servers = settings.kafka_bootstrap_servers.split(",")
         super().__init__(
             settings.group,
             broker=";".join(f"kafka://{server.strip()}" for server in servers),
-            datadir=str(datadir),
             web_bind=settings.web_bind,
             web_port=settings.web_port,
             web_router_enabled=False,
@@ -422,6 +420,9 @@ class BaseApp(faust.App):
             **options,
         )
         self.on_partitions_revoked.connect(self._revoked)
+
+    def _create_directories(self) -> None:
+        """Make none: they are for tables, which are not used."""
 
     def _new_transport(self) -> Transport:
         return Transport(self.conf.broker_consumer, self)

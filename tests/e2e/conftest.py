@@ -49,6 +49,7 @@ def running(services: Services, scratch: Path) -> Iterator[Running]:
         stack = Stack(scratch / "workers", jars=JARS)
     running = Running(stack, token, environment, services)
     try:
+        stack.start()
         for worker in ("worker-1", "worker-2"):
             running.start(worker)
         yield running

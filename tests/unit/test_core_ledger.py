@@ -287,7 +287,7 @@ def test_now_is_never_before_the_newest_entry_of_the_account() -> None:
     assert result["applied_at"] == wire_time(newest)
 
 
-def test_ten_thousand_commands_of_one_user_keep_the_sums() -> None:
+def test_many_commands_of_one_user_in_one_batch_keep_the_sums() -> None:
     core = Core()
     for size in (1, 10, 100):
         batch = []

@@ -53,7 +53,8 @@ def test_the_three_packages_are_the_ones_that_were_read(package: str, pinned: st
 )
 def test_our_subclasses_override_only_what_they_mean_to(ours: type, theirs: type) -> None:
     meant = {
-        "BootStrategy", "_new_transport", "on_rebalance_end", "_on_rebalance_when_stopped", "mundane_level",
+        "BootStrategy", "_create_directories", "_new_transport", "on_rebalance_end", "_on_rebalance_when_stopped",
+        "mundane_level",
         "_new_consumer_thread", "perform_seek", "verify_event_path", "on_buffer_drop", "getmany",
         "_schedule_shutdown", "_setproctitle",
     }  # fmt: skip
@@ -70,7 +71,7 @@ def test_attributes_of_our_app_do_not_hide_attributes_of_faust() -> None:
 
     meant = {"on_start", "on_stop", "on_shutdown", "on_webserver_init", "__init__", "__module__", "__doc__"}
     set_in_init = {
-        "state_of_worker", "drained", "settings", "_folder", "_handler", "_merchants", "_start_hook", "_stop_hook",
+        "state_of_worker", "drained", "settings", "_handler", "_merchants", "_start_hook", "_stop_hook",
         "_web_setup", "_known", "_background", "lanes", "thread", "feed_lane", "subscribe_again",
     }  # fmt: skip
 

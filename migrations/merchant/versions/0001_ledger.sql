@@ -335,6 +335,7 @@ CREATE TABLE positions (
     topic text NOT NULL,
     partition integer NOT NULL,
     owner text NOT NULL,
+    generation bigint NOT NULL,
     applied_next bigint NOT NULL,
     published_next bigint NOT NULL CHECK (published_next <= applied_next),
     PRIMARY KEY (topic, partition)

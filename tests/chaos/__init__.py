@@ -1,0 +1,1 @@
+"""Real processes under load, broken again and again, and a judge that shares no code with the service."""

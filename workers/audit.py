@@ -1,0 +1,181 @@
+"""The auditor: checks every identity of a merchant's books, in one snapshot of its database (spec §3, §5, §6).
+
+Tests and operators share it. Sums are compared by the database; chains are recomputed here from rows that are
+streamed, so that memory does not grow with the ledger. It only reads, and may run beside any number of workers.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import URL, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncResult, create_async_engine
+from sqlalchemy.pool import NullPool
+
+import catalog.audit
+import ledger.audit
+import receipts.audit
+from catalog.audit import Check, Finding
+from catalog.sql import fetch
+
+AUDITOR_SETTINGS = {
+    "application_name": "credits-auditor",
+    "default_transaction_read_only": "on",
+    "cursor_tuple_fraction": "1",
+    "work_mem": "64MB",
+    "timezone": "UTC",
+    "jit": "off",
+}
+ROWS = 5_000
+"""So many rows are read at a time; while they are worked on, the database makes the next ones."""
+
+Progress = Callable[[str, int, int], None]
+"""Is told (what is being checked, entries done, entries in all)."""
+
+DELIVERY: Sequence[Check] = (
+    Check(
+        "an entry was caused by an applied command",
+        "entries",
+        """
+        SELECT lpad(to_hex(e.account_id), 16, '0') || '-' || user_seq,
+            format('command %s, %s', encode(command, 'hex'), coalesce(outcome, 'unknown'))
+        FROM entries e LEFT JOIN inbox ON identity = command
+        -- Time passes for an account before its next command is decided, so a refused one may cause an expiry.
+        WHERE outcome IS NULL OR outcome <> 'applied' AND reason <> 'expiry'
+        """,
+    ),
+    Check(
+        "an applied command that moves credits has its entry",
+        """
+        inbox WHERE outcome = 'applied' AND business_key IS NOT NULL
+            AND type IN ('Purchase.Settled', 'Grant.Apply', 'Adjustment.Apply', 'Operation.RecordAndClose')
+        """,
+        """
+        SELECT format('%s %s %s', topic, partition, kafka_offset), type || ' without an entry'
+        FROM inbox WHERE outcome = 'applied' AND business_key IS NOT NULL
+            AND type IN ('Purchase.Settled', 'Grant.Apply', 'Adjustment.Apply', 'Operation.RecordAndClose')
+            AND NOT EXISTS (SELECT FROM entries WHERE command = identity)
+        """,
+    ),
+    Check(
+        "a command has a result or is parked, never both",
+        "inbox",
+        """
+        SELECT format('%s %s %s', topic, partition, kafka_offset), format('outcome %s', outcome)
+        FROM inbox FULL JOIN (SELECT identity, true AS waits FROM parked) p USING (identity)
+        WHERE type IS NULL OR (result IS NULL) <> (waits IS NOT NULL) OR (result IS NULL) <> (outcome IS NULL)
+        """,
+    ),
+    Check(
+        "a result says what the ledger says",
+        "inbox WHERE result IS NOT NULL AND account_id IS NOT NULL",
+        """
+        WITH told AS MATERIALIZED (
+            SELECT topic, partition, kafka_offset, account_id, i.outcome, i.code, said.outcome AS said, error,
+                user_seq, balance, debt
+            FROM inbox i LEFT JOIN LATERAL json_to_record(CASE WHEN result IS JSON OBJECT THEN result::json END)
+                AS said (outcome text, error json, user_seq bigint, balance bigint, debt bigint) ON true
+            WHERE result IS NOT NULL
+        )
+        SELECT format('%s %s %s', topic, partition, kafka_offset),
+            format('%s with balance %s, debt %s at %s', said, balance, debt, user_seq)
+        FROM told LEFT JOIN entries USING (account_id, user_seq)
+        WHERE (said, error ->> 'code', balance, debt) IS DISTINCT FROM
+            (outcome, code, CASE WHEN user_seq = 0 THEN 0 ELSE balance_after END,
+             CASE WHEN user_seq = 0 THEN 0 ELSE debt_after END)
+        """,
+    ),
+)
+
+CHECKS = (*ledger.audit.CHECKS, *receipts.audit.CHECKS, *DELIVERY, *catalog.audit.CHECKS)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an audit found: one finding an identity, how many entries there were and how long it took."""
+
+    findings: Sequence[Finding]
+    entries: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every identity holds."""
+        return not self.broken
+
+    @property
+    def broken(self) -> list[Finding]:
+        """The identities that do not hold."""
+        return [finding for finding in self.findings if finding.violations]
+
+    def as_object(self) -> dict[str, Any]:
+        """Return the report as a JSON object."""
+        names = ("name", "checked", "violations", "first")
+        return {
+            "ok": self.ok,
+            "entries": self.entries,
+            "seconds": round(self.seconds, 3),
+            "findings": [{name: getattr(finding, name) for name in names} for finding in self.findings],
+        }
+
+
+async def verify(database: AsyncEngine | URL | str, progress: Progress | None = None) -> Report:
+    """Audit a merchant's database in one snapshot.
+
+    Args:
+        database: where it is; a role that may read all tables is enough.
+        progress: is told how far it is.
+    """
+    url = database.url if isinstance(database, AsyncEngine) else database
+    engine = create_async_engine(
+        make_url(url).set(drivername="postgresql+asyncpg"),
+        poolclass=NullPool,
+        isolation_level="REPEATABLE READ",
+        connect_args={"server_settings": AUDITOR_SETTINGS, "timeout": 10},
+    )
+    try:
+        async with engine.connect() as connection:
+            return await audit(connection, progress)
+    finally:
+        await engine.dispose()
+
+
+async def audit(connection: AsyncConnection, progress: Progress | None = None) -> Report:
+    """Audit what a transaction sees."""
+    tell = progress or (lambda *_: None)
+    started = time.monotonic()
+    tell("counting", 0, 0)
+    total = (await fetch(connection, "SELECT count(*) FROM entries"))[0][0]
+    histories = ledger.audit.Histories()
+    tell("chains of accounts", 0, total)
+    async for rows in _stream(connection, ledger.audit.HISTORY):
+        for row in rows:
+            histories.add(row)
+        tell("chains of accounts", histories.chain.checked, total)
+    archives = receipts.audit.Archives()
+    tell("chains of documents", total, total)
+    async for rows in _stream(connection, receipts.audit.DOCUMENTS):
+        for row in rows:
+            archives.add(row)
+    archives.end(await fetch(connection, receipts.audit.SERIES))
+    findings = [*histories.findings, *archives.findings]
+    for check in CHECKS:
+        tell(check.name, total, total)
+        findings.append(await catalog.audit.run(connection, check))
+    return Report(findings, total, time.monotonic() - started)
+
+
+async def _stream(connection: AsyncConnection, sql: str) -> AsyncIterator[Sequence[Any]]:
+    """Read rows in parts; the next part is under way while the caller works on one."""
+    async with connection.stream(text(sql), execution_options={"yield_per": ROWS}) as result:
+        following = asyncio.create_task(_part(result))
+        while rows := await following:
+            following = asyncio.create_task(_part(result))
+            await asyncio.sleep(0)  # It is sent now: the caller will not let go of the loop.
+            yield rows
+
+
+async def _part(result: AsyncResult[Any]) -> Sequence[Any]:
+    return await result.fetchmany(ROWS)
