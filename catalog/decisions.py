@@ -128,9 +128,9 @@ def create_price(catalog: Catalog, command: payloads.ProductPriceCreate, now: da
     for row in same_key:
         if row.amount == price.amount and row.archived_at is None and is_same_start(row, command.effective_at, now):
             return CatalogChange(catalog, (), row.as_object())
-    # A withdrawn row keeps its name, (key, effective_at), for ever.
-    if any(overlaps(price, row) or row.effective_at == price.effective_at for row in same_key):
+    if any(overlaps(price, row) for row in same_key):
         raise overlap(price.product_code, effective_at)
+    price = replace(price, version=len(same_key) + 1)
     return CatalogChange(catalog.with_price(price), (price,), price.as_object())
 
 
@@ -163,7 +163,8 @@ def archive_price(catalog: Catalog, command: payloads.ProductPriceArchive, now: 
 def named(rows: list[Any], effective_at: datetime | None, now: datetime) -> Any | None:
     """Find the row a command names by its start; by default the active one, else the one that ended last."""
     if effective_at is not None:
-        return next((row for row in rows if row.effective_at == effective_at), None)
+        started_then = [row for row in rows if row.effective_at == effective_at]
+        return min(started_then, key=is_withdrawn, default=None)
     active = next((row for row in rows if is_active(row, now)), None)
     ended = [row for row in rows if row.archived_at is not None and row.archived_at <= now and not is_withdrawn(row)]
     return active or max(ended, key=lambda row: row.archived_at, default=None)
@@ -183,17 +184,19 @@ def create_operation_type(
         command.workflow_type,
         effective_at,
     )
-    for version in versions:
-        if is_same_version(version, new) and is_same_start(version, command.effective_at, now):
-            return CatalogChange(catalog, (), version.as_object())
     if command.effective_at is None:
         # Two changes of one batch share their moment: the later one takes effect an instant after.
-        while any(version.effective_at == new.effective_at for version in versions):
+        while any(v.effective_at == new.effective_at and not is_same_version(v, new) for v in versions):
             new = replace(new, effective_at=new.effective_at + INSTANT)
-    if any(version.effective_at == new.effective_at for version in versions):
+    standing = [version for version in versions if not is_withdrawn(version)]
+    scheduled = [v.effective_at for v in standing if v.effective_at > new.effective_at]
+    new = replace(new, archived_at=min(scheduled, default=None), version=len(versions) + 1)
+    for version in standing:
+        is_in_force = is_same_start(version, command.effective_at, now) and version.archived_at == new.archived_at
+        if is_in_force and is_same_version(version, new):
+            return CatalogChange(catalog, (), version.as_object())
+    if any(version.effective_at == new.effective_at for version in standing):
         raise overlap(new.operation_code, new.effective_at)
-    scheduled = [v.effective_at for v in versions if v.effective_at > new.effective_at and not is_withdrawn(v)]
-    new = replace(new, archived_at=min(scheduled, default=None))
     changed = [new]
     for index, version in enumerate(versions):
         if is_active(version, new.effective_at):
@@ -205,7 +208,7 @@ def create_operation_type(
 
 
 def is_same_version(a: OperationType, b: OperationType) -> bool:
-    return replace(a, effective_at=b.effective_at, archived_at=b.archived_at) == b
+    return replace(a, effective_at=b.effective_at, archived_at=b.archived_at, version=b.version) == b
 
 
 def archive_operation_type(catalog: Catalog, command: payloads.OperationTypeArchive, now: datetime) -> CatalogChange:

@@ -82,6 +82,7 @@ class Price:
     amount: Decimal
     effective_at: datetime
     archived_at: datetime | None = None
+    version: int = 1  # 1..n within (product, country, currency)
 
     def as_object(self, *, with_product: bool = True) -> dict[str, Any]:
         shown = {"product_code": self.product_code} if with_product else {}
@@ -108,6 +109,7 @@ class OperationType:
     workflow_type: str | None
     effective_at: datetime
     archived_at: datetime | None = None
+    version: int = 1  # 1..n within the operation code
 
     def as_object(self) -> dict[str, Any]:
         shown: dict[str, Any] = {

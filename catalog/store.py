@@ -40,6 +40,6 @@ def _key(row: Row) -> object:
         case Product():
             return row.product_code
         case Price():
-            return row.product_code, row.country, row.currency, row.effective_at
+            return row.product_code, row.country, row.currency, row.version
         case OperationType():
-            return row.operation_code, row.effective_at
+            return row.operation_code, row.version

@@ -26,8 +26,9 @@ product_prices = Table(
     Column("country", Text, primary_key=True),
     Column("currency", Text, primary_key=True),
     Column("amount", Numeric, nullable=False),
-    Column("effective_at", TIME, primary_key=True),
+    Column("effective_at", TIME, nullable=False),
     Column("archived_at", TIME),
+    Column("version", Integer, primary_key=True),
 )
 
 operation_types = Table(
@@ -39,6 +40,7 @@ operation_types = Table(
     Column("credits_per_unit", Numeric, nullable=False),
     Column("minimum_charge", BigInteger, nullable=False),
     Column("workflow_type", Text),
-    Column("effective_at", TIME, primary_key=True),
+    Column("effective_at", TIME, nullable=False),
     Column("archived_at", TIME),
+    Column("version", Integer, primary_key=True),
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -74,6 +75,32 @@ def demo(
     from console.demo import run
 
     raise typer.Exit(run(ROOT, console, keep=keep))
+
+
+receipts_app = typer.Typer(no_args_is_help=True, help="Receipts, credit notes and corrections.")
+app.add_typer(receipts_app, name="receipts")
+
+
+@receipts_app.command("export")
+def export_receipts(
+    merchant: Annotated[str, typer.Argument(help="The merchant's id.")],
+    first: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="The first day.")],
+    last: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="The last day, included.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; receipts-<merchant>-<from>-<to>.")] = None,
+) -> None:
+    """Write a period's documents as CSV and JSON Lines, with totals per rate; days are the merchant's."""
+    from console.receipts import UnknownMerchantError, export
+
+    folder = out or Path(f"receipts-{merchant}-{first:%Y-%m-%d}-{last:%Y-%m-%d}")
+    try:
+        summary = asyncio.run(export(control_url(), merchant, first.date(), last.date(), folder))
+    except UnknownMerchantError:
+        console.print(f"there is no merchant {merchant}", style="red")
+        raise typer.Exit(2) from None
+    console.print(f"{summary['documents']} documents in {folder}")
+    for row in summary["by_rate"]:
+        line = f"{row['currency']} {row['regime']} {row['category']} {row['rate']}"
+        console.print(f"{line}: net {row['net']}, tax {row['tax']}, gross {row['gross']}")
 
 
 if __name__ == "__main__":

@@ -278,6 +278,36 @@ def lot_object(row: Any) -> Shown:
     )
 
 
+async def uses_of_lot(connection: AsyncConnection, account: Account, cut: Cut, lot_seq: int, limit: int) -> list[Shown]:
+    """List what a lot has paid for until a cut, oldest first."""
+    sql = """
+    SELECT a.entry_seq, a.at_seq, a.credits, e.reason, e.operation_type, e.operation_id
+    FROM allocations a JOIN entries e ON e.account_id = a.account_id AND e.user_seq = a.entry_seq
+    WHERE a.account_id = $1 AND a.lot_seq = $2 AND a.at_seq <= $3 ORDER BY a.at_seq, a.entry_seq LIMIT $4
+    """
+    return [
+        present(
+            {
+                "entry_id": entry_id_of(account.account_id, entry_seq),
+                "reason": reason,
+                "operation_type": operation_type,
+                "operation_id": operation_id,
+                "credits": credits,
+                "at_seq": at_seq,
+            }
+        )
+        for entry_seq, at_seq, credits, reason, operation_type, operation_id in await fetch(
+            connection, sql, account.account_id, lot_seq, cut.user_seq, limit
+        )
+    ]
+
+
+async def commands_of(connection: AsyncConnection, account_id: int, seqs: Sequence[int]) -> dict[int, bytes]:
+    """Return the identities of the commands that caused entries, by ``user_seq``."""
+    sql = "SELECT user_seq, command FROM entries WHERE account_id = $1 AND user_seq = ANY($2::bigint[])"
+    return {row[0]: row[1] for row in await fetch(connection, sql, account_id, list(seqs))}
+
+
 # Usage
 
 _USAGE = """
@@ -395,6 +425,11 @@ async def operations(
     return [operation_object(row) for row in rows]
 
 
+async def latest_operations(connection: AsyncConnection, account_id: int, limit: int) -> list[Shown]:
+    sql = f"{_OPERATIONS} WHERE o.account_id = $1 ORDER BY o.opened_at DESC, o.operation_id DESC LIMIT $2"
+    return [operation_object(row) for row in await fetch(connection, sql, account_id, limit)]
+
+
 _METRICS = """
 SELECT operation_code, coalesce(max(nullif(resource_unit, '')), '') AS resource_unit, count(*) AS opened,
     count(*) FILTER (WHERE state = 'open') AS open, count(*) FILTER (WHERE state = 'open' AND expires_at <= $4) AS overdue,
@@ -508,3 +543,18 @@ def reversal_object(row: Any) -> Shown:
             "correction_number": row.correction_number,
         }
     )
+
+
+async def purchases_reversed_by(connection: AsyncConnection, account_id: int, entry_seq: int) -> list[str]:
+    """Return the external_ref of the purchase whose reversal posted an entry."""
+    sql = """
+    SELECT r.external_ref FROM purchases p JOIN reversals r USING (external_ref)
+    WHERE p.account_id = $1 AND r.account_id = $1 AND r.entry_seq = $2
+    """
+    return [row[0] for row in await fetch(connection, sql, account_id, entry_seq)]
+
+
+async def receipt_numbers(connection: AsyncConnection, external_refs: Sequence[str]) -> dict[str, str]:
+    """Return the receipts' numbers of purchases."""
+    sql = "SELECT external_ref, receipt_number FROM purchases WHERE external_ref = ANY($1::text[])"
+    return {row[0]: row[1] for row in await fetch(connection, sql, list(external_refs))} if external_refs else {}

@@ -34,11 +34,14 @@ CHECKS: Sequence[Check] = (
         """
         SELECT format('document %s', coalesce(number, expected)), format('reversal %s', key)
         FROM (SELECT * FROM documents WHERE kind <> 'receipt') d FULL JOIN (
-            SELECT 'credit_note' AS kind, credit_note_number AS expected, external_ref, account_id, key, command
+            SELECT 'credit_note' AS kind, CASE WHEN has_credit_note THEN credit_note_number END AS expected,
+                external_ref, account_id, key, command
             FROM reversals WHERE has_credit_note OR credit_note_number IS NOT NULL
             UNION ALL
-            SELECT 'correction', correction_number, external_ref, account_id, key, NULL
-            FROM reversals WHERE won_at IS NOT NULL AND has_credit_note OR correction_number IS NOT NULL
+            SELECT 'correction', correction_number, external_ref, account_id, key, e.command
+            FROM reversals r LEFT JOIN (SELECT account_id, user_seq AS given_back_seq, command FROM entries) e
+                USING (account_id, given_back_seq)
+            WHERE won_at IS NOT NULL AND has_credit_note OR correction_number IS NOT NULL
         ) r ON number = expected
         WHERE (d.kind, d.external_ref, d.account_id, d.command) IS DISTINCT FROM
             (r.kind, r.external_ref, r.account_id, coalesce(r.command, d.command))

@@ -17,7 +17,6 @@ from typing import Any
 
 import typst
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from receipts.sheet import TEMPLATES, choose_locale, write_sheet
 from schemas.canonical import canonical_json
@@ -27,13 +26,13 @@ PDF_STANDARD = "a-3b"
 UNPRINTABLE = "\N{WHITE SQUARE}"
 _IMAGES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
-_STYLE = (TEMPLATES / "document.css").read_text(encoding="utf-8")
-_STYLE_HASH = base64.b64encode(sha256(_STYLE.encode()).digest()).decode()
-HTML_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'"
-)
 _TEMPLATES = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, auto_reload=False
+)
+_STYLE_DIGEST = sha256(_TEMPLATES.get_template("document.css").render().encode()).digest()
+HTML_POLICY = (
+    f"default-src 'none'; style-src 'sha256-{base64.b64encode(_STYLE_DIGEST).decode()}'; "
+    "img-src data:; base-uri 'none'; form-action 'none'"
 )
 _COMPILERS = threading.local()
 
@@ -57,7 +56,7 @@ def render_html(
     """
     sheet = write_sheet(document, choose_locale(document, locale), fiscal, status)
     page = _TEMPLATES.get_template("document.html").render(
-        sheet=sheet, policy=HTML_POLICY, style=Markup(_STYLE), logo=_data_url(logo) if logo else None
+        sheet=sheet, policy=HTML_POLICY, logo=_data_url(logo) if logo else None
     )
     return page.encode()
 

@@ -5,6 +5,7 @@ say different things. Amounts keep the digits that ISO 4217 gives their currency
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -26,6 +27,8 @@ DEFAULT_LOCALE = "en"
 LETTER = frozenset({"BZ", "CA", "CL", "CO", "CR", "GT", "MX", "NI", "PA", "PH", "PR", "SV", "US", "VE"})
 CITY_FIRST = frozenset({"AU", "CA", "GB", "IE", "IN", "NZ", "US"})
 RATE_DIGITS_MAX = 6
+# Symbols that end in a letter (AMD, Kč) are set apart, as CLDR wants and babel does not do.
+_LETTER_AT_DIGIT = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 
 
 def choose_locale(document: Mapping[str, Any], requested: str | None = None) -> Locale:
@@ -51,7 +54,7 @@ def show_money(amount: str, currency: str, locale: Locale) -> str:
     pattern = _pattern(locale.currency_formats["standard"], exponent(currency), exponent(currency))
     # With currency_digits the locale data's own idea of a currency's digits would win.
     text: str = pattern.apply(quantize(Decimal(amount), currency), locale, currency=currency, currency_digits=False)
-    return text
+    return _LETTER_AT_DIGIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def show_amount(amount: str, currency: str, locale: Locale) -> str:
@@ -113,7 +116,12 @@ class _Writer:
         place = [address.get("postal_code", ""), address["city"]]
         if address["country"] in CITY_FIRST:
             place.reverse()
-        lines = [*address["lines"], " ".join(place).strip(), self.country(address["country"]), merchant["contact_email"]]
+        lines = [
+            *address["lines"],
+            " ".join(place).strip(),
+            self.country(address["country"]),
+            merchant["contact_email"],
+        ]
         return [line for line in lines if line]
 
     def buyer(self) -> dict[str, Any] | None:
@@ -173,7 +181,11 @@ class _Writer:
             return None
         columns = ("net", "tax", "gross")
         rows = [
-            [self.label[line["category"]], show_rate(line["rate"], self.locale), *(self.amount(line[c]) for c in columns)]
+            [
+                self.label[line["category"]],
+                show_rate(line["rate"], self.locale),
+                *(self.amount(line[c]) for c in columns),
+            ]
             for line in lines
         ]
         head = [f"{self.label['tax_summary']}, {self.currency}", self.label["rate"], *(self.label[c] for c in columns)]
@@ -192,7 +204,11 @@ class _Writer:
     def fiscal(self, attached: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         rows = []
         for receipt in attached:
-            named = [("authority", "authority"), ("fiscal_number", "fiscal_number"), ("register_number", "register_number")]
+            named = [
+                ("authority", "authority"),
+                ("fiscal_number", "fiscal_number"),
+                ("register_number", "register_number"),
+            ]
             values = [f"{self.label[label]}: {receipt[name]}" for label, name in named if receipt.get(name)]
             head = f"{self.label.get(receipt['kind'], receipt['kind'])} · {self.time(receipt['fiscal_at'])}"
             rows.append({"head": head, "text": " · ".join(values), "url": receipt.get("qr_url") or ""})
@@ -227,7 +243,9 @@ def write_sheet(
         "tax": writer.tax(),
         "totals": writer.totals(),
         "notes": writer.notes(),
-        "fiscal": {"label": label["fiscal"], "verify": label["verify"], "rows": writer.fiscal(fiscal)} if fiscal else None,
+        "fiscal": {"label": label["fiscal"], "verify": label["verify"], "rows": writer.fiscal(fiscal)}
+        if fiscal
+        else None,
         "hash": {"label": label["hash"], "value": document["hash"]} if "hash" in document else None,
         "contact": f"{label['contact']}: {merchant['contact_email']}",
         "page": label["page"],

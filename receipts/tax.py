@@ -65,13 +65,13 @@ def included_tax(gross: Decimal, rate: Decimal, currency: str) -> Decimal:
 
 
 def rate_for(config: MerchantConfig, country: str, at: datetime) -> VatRate | None:
-    """Find the VAT rate in force for a country: its own, else the one for everywhere else."""
+    """Find the VAT rate in force for a country: its own, else the one for everywhere else, else the merchant's own."""
     valid = [
         rate
         for rate in config.vat_rates or ()
         if (rate.valid_from is None or rate.valid_from <= at) and (rate.valid_to is None or at < rate.valid_to)
     ]
-    for wanted in (country, "*"):
+    for wanted in (country, "*", config.country):
         for rate in valid:
             if rate.country == wanted:
                 return rate
@@ -100,7 +100,7 @@ def own_line(config: MerchantConfig, country: str, currency: str, gross: Decimal
         return None
     found = rate_for(config, country, at)
     if found is None:
-        return TaxLine("O", Decimal(0), gross, quantize(Decimal(0), currency))
+        return TaxLine("Z", Decimal(0), gross, quantize(Decimal(0), currency))
     category = found.category or ("S" if found.rate else "Z")
     rate = Decimal(0) if category in UNTAXED else found.rate
     return TaxLine(category, rate, gross, included_tax(gross, rate, currency))
@@ -162,7 +162,8 @@ def credited_tax_block(
         line_tax = to_minor(Decimal(line["tax"]), currency)
         before = sum(to_minor(Decimal(note["tax"]["lines"][index]["tax"]), currency) for note in standing)
         cumulative = (2 * line_tax * gross_so_far + whole) // (2 * whole)
-        part = from_minor(cumulative - before, currency)
+        # After a correction the standing notes may carry a unit more than their share: it is made up for by later ones.
+        part = from_minor(max(0, cumulative - before), currency)
         lines.append(TaxLine(line["category"], Decimal(line["rate"]), amount, part, line.get("note")))
     block: dict[str, Any] = {"regime": tax["regime"], "source": tax["source"]}
     block |= totals(lines, amount, currency)

@@ -7,7 +7,7 @@ and ``topic``. A result is the dict that would be published.
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -428,9 +428,7 @@ def check_sums(
     assert account.debt == sum(uncovered.values())
 
 
-def check_chain(
-    account: Any, lots: Iterable[Lot], entries: Iterable[Entry], allocations: Sequence[Allocation]
-) -> None:
+def check_chain(account: Any, lots: Iterable[Lot], entries: Iterable[Entry], allocations: Sequence[Allocation]) -> None:
     by_seq = {lot.user_seq: lot for lot in lots}
     head = GENESIS
     for entry in entries:

@@ -34,6 +34,15 @@ ROWS = 5_000
 Progress = Callable[[str, int, int], None]
 """Is told (what is being checked, entries done, entries in all)."""
 
+
+def _identity(message_id: str) -> str:
+    """Return SQL for ``schemas.envelope.message_identity``."""
+    framed = " || ".join(
+        f"int4send(octet_length({x})) || convert_to({x}, 'UTF8')" for x in ("command_source", message_id)
+    )
+    return f"substr(sha256({framed}), 1, 16)"
+
+
 DELIVERY: Sequence[Check] = (
     Check(
         "an entry was caused by an applied command",
@@ -69,22 +78,26 @@ DELIVERY: Sequence[Check] = (
         """,
     ),
     Check(
-        "a result says what the ledger says",
-        "inbox WHERE result IS NOT NULL AND account_id IS NOT NULL",
-        """
+        "a result is its command's and says what the ledger says",
+        "inbox WHERE result IS NOT NULL",
+        f"""
         WITH told AS MATERIALIZED (
-            SELECT topic, partition, kafka_offset, account_id, i.outcome, i.code, said.outcome AS said, error,
-                user_seq, balance, debt
-            FROM inbox i LEFT JOIN LATERAL json_to_record(CASE WHEN result IS JSON OBJECT THEN result::json END)
-                AS said (outcome text, error json, user_seq bigint, balance bigint, debt bigint) ON true
+            SELECT identity, fingerprint, topic, partition, kafka_offset, account_id, i.outcome, i.code,
+                command_source, command_id, said.outcome AS said, error, user_seq, balance, debt
+            FROM inbox i LEFT JOIN LATERAL json_to_record(CASE WHEN result IS JSON OBJECT THEN result::json END) AS said
+                (command_source text, command_id text, outcome text, error json, user_seq bigint, balance bigint,
+                 debt bigint) ON true
             WHERE result IS NOT NULL
         )
         SELECT format('%s %s %s', topic, partition, kafka_offset),
             format('%s with balance %s, debt %s at %s', said, balance, debt, user_seq)
         FROM told LEFT JOIN entries USING (account_id, user_seq)
         WHERE (said, error ->> 'code', balance, debt) IS DISTINCT FROM
-            (outcome, code, CASE WHEN user_seq = 0 THEN 0 ELSE balance_after END,
-             CASE WHEN user_seq = 0 THEN 0 ELSE debt_after END)
+                (outcome, code, CASE WHEN user_seq = 0 THEN 0 ELSE balance_after END,
+                 CASE WHEN user_seq = 0 THEN 0 ELSE debt_after END)
+            -- A message that repeats an identity with other content is kept under its fingerprint, too.
+            OR (identity IN ({_identity("command_id")},
+                             {_identity("command_id || chr(10) || encode(fingerprint, 'hex')")})) IS NOT TRUE
         """,
     ),
 )

@@ -4,9 +4,10 @@ Running it twice, on two workers, or never for a day changes nothing in the end:
 done already, and its id makes a repetition a duplicate.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import structlog
@@ -29,15 +30,19 @@ log = structlog.get_logger(__name__)
 SOURCE = "/credits/scheduler"
 LOCK_KEY = 7_203_155_002
 PAGE = 1_000
+MERCHANTS_A_SECOND = 10
+INSTANT = timedelta(microseconds=1)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 _DUE_LOTS = """
 SELECT l.expires_at, l.account_id, l.user_seq, a.user_id FROM lots l JOIN accounts a USING (account_id)
-WHERE l.expires_at > $1 AND l.expires_at <= $2 AND NOT l.spent ORDER BY l.expires_at LIMIT $3
+WHERE (l.expires_at, l.account_id, l.user_seq) > ($1, $2::bigint, $3::bigint) AND l.expires_at <= $4 AND NOT l.spent
+ORDER BY l.expires_at, l.account_id, l.user_seq LIMIT $5
 """
 _OVERDUE_OPERATIONS = """
 SELECT o.expires_at, o.operation_id, a.user_id FROM operations o JOIN accounts a USING (account_id)
-WHERE o.expires_at > $1 AND o.expires_at <= $2 AND o.state = 'open' ORDER BY o.expires_at LIMIT $3
+WHERE (o.expires_at, o.operation_id) > ($1, $2::text) AND o.expires_at <= $3 AND o.state = 'open'
+ORDER BY o.expires_at, o.operation_id LIMIT $4
 """
 # Parked commands whose time is over, or whose dependency is there without having released them: what a race left.
 _TO_RESOLVE = """
@@ -54,21 +59,40 @@ ORDER BY p.arrived LIMIT $2
 
 @dataclass
 class Scheduler:
-    """One pass over all merchants at a time, by one process at a time (an advisory lock in the control database)."""
+    """Passes over all merchants, by one process at a time (an advisory lock in the control database).
+
+    Each merchant is looked at every ``period`` seconds, with many merchants less often: at most ten a second.
+    """
 
     control: AsyncEngine
     pools: Pools
     publisher: Publisher
+    period: float = 2.0
     errors: int = 0
+    _sent: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
+    _partitioned: dict[str, date] = field(default_factory=dict)
 
-    async def run_once(self) -> None:
-        """Send what is due for every active merchant, unless another process is doing so."""
+    async def run(self) -> None:
+        """Send what is due, as long as the process lives."""
+        while True:
+            merchants_seen = 0
+            try:
+                merchants_seen = await self.run_once()
+            except Exception as error:
+                # The control database may be away; the next pass does what this one missed.
+                self.errors += 1
+                log.warning("a pass of the scheduler failed", error=repr(error)[:500])
+            await asyncio.sleep(max(self.period, merchants_seen / MERCHANTS_A_SECOND))
+
+    async def run_once(self) -> int:
+        """Send what is due for every active merchant, unless another process is doing so; returns their number."""
         async with self.control.connect() as connection:
             if not (await fetch(connection, "SELECT pg_try_advisory_xact_lock($1)", LOCK_KEY))[0][0]:
-                return
-            for merchant in await merchants.registry.all_merchants(connection):
-                if merchant.state == "active":
-                    await self._try(merchant)
+                return 0
+            active = [m for m in await merchants.registry.all_merchants(connection) if m.state == "active"]
+            for merchant in active:
+                await self._try(merchant)
+            return len(active)
 
     async def _try(self, merchant: Merchant) -> None:
         try:
@@ -82,55 +106,108 @@ class Scheduler:
         """Send all that is due for one merchant, and make its partitions; returns how many commands were sent."""
         engine = await self.pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)
         sent = 0
-        while True:
-            async with engine.begin() as connection:
-                now = (await merchants.store.read_state(connection)).now
-                for months in (0, 1, 2):
-                    await ledger.store.due_partition_month(connection, now + timedelta(days=31 * months))
-                messages, marks = await due(connection, merchant.merchant_id, now)
-            await self.publisher.publish(messages)
-            sent += len(messages)
-            async with engine.begin() as connection:
-                await save_marks(connection, marks)
-            if len(messages) < PAGE:
-                return sent
+        async with engine.begin() as connection:
+            now = (await merchants.store.read_state(connection)).now
+            await self._make_partitions(connection, merchant, now)
+            search = Search(connection, merchant.merchant_id, now)
+            async for jobs in search.pages():
+                fresh = self._not_sent(merchant.merchant_id, now, jobs)
+                await self.publisher.publish(fresh)
+                sent += len(fresh)
+            await save_marks(connection, search.marks)
+        return sent
+
+    async def _make_partitions(self, connection: AsyncConnection, merchant: Merchant, now: datetime) -> None:
+        if self._partitioned.get(merchant.merchant_id) == now.date():
+            return
+        for months in (0, 1, 2):
+            await ledger.store.due_partition_month(connection, now + timedelta(days=31 * months))
+        self._partitioned[merchant.merchant_id] = now.date()
+
+    def _not_sent(self, merchant_id: str, now: datetime, jobs: Sequence["Job"]) -> list[OutMessage]:
+        """Leave out what this process has sent in the same hour: it would only be a duplicate."""
+        period, sent = self._sent.get(merchant_id, ("", set()))
+        if period != hour(now):
+            sent = set()
+        fresh = [job for job in jobs if job.name not in sent]
+        sent |= {job.name for job in fresh}
+        self._sent[merchant_id] = (hour(now), sent)
+        return [job.message(merchant_id, now) for job in fresh]
 
 
-async def due(
-    connection: AsyncConnection, merchant_id: str, now: datetime
-) -> tuple[list[OutMessage], dict[str, datetime]]:
-    """Find what is due, and the watermarks up to which there is nothing more to find."""
-    marks = {row[0]: row[1] for row in await fetch(connection, "SELECT job, watermark FROM job_state")}
-    messages = []
-    lots = await fetch(connection, _DUE_LOTS, marks.get("lots", LONG_AGO), now, PAGE)
-    for _, account_id, user_seq, user_id in lots:
-        lot_id = entry_id_of(account_id, user_seq)
-        payload = {"user_id": user_id, "lot_id": lot_id}
-        messages.append(job(merchant_id, "Lot.Expire", f"{lot_id}/{hour(now)}", payload, user_id, now))
-    operations = await fetch(connection, _OVERDUE_OPERATIONS, marks.get("operations", LONG_AGO), now, PAGE)
-    for _, operation_id, user_id in operations:
-        payload = {"user_id": user_id, "operation_id": operation_id}
-        name = f"{operation_id[:90]}/{hour(now)}"
-        messages.append(job(merchant_id, "Operation.Expire", name, payload, user_id, now))
-    for source, id_, is_over in await fetch(connection, _TO_RESOLVE, now, PAGE):
-        payload = {"source": source, "id": id_}
-        name = f"{id_[:80]}/{'over' if is_over else 'there'}/{hour(now)}"
-        messages.append(job(merchant_id, "Command.Resolve", name, payload, id_, now))
-    return messages, {
-        # What was sent may not be done yet: the next pass looks at it again, until nothing is left behind the mark.
-        "lots": now if not lots else lots[0][0] - timedelta(microseconds=1),
-        "operations": now if not operations else operations[0][0] - timedelta(microseconds=1),
-    }
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A command of the system's own: it says what time has done already, or what may be looked at again."""
+
+    type: str
+    name: str
+    payload: dict[str, Any]
+    key: str
+
+    def message(self, merchant_id: str, now: datetime) -> OutMessage:
+        headers = command_headers(self.type, self.name, SOURCE, now)
+        return OutMessage(input_topic(merchant_id, "jobs"), self.key.encode(), compact_json(self.payload), headers)
+
+
+@dataclass
+class Search:
+    """Finds a merchant's due jobs, a page at a time; ``marks`` tell afterwards before which there are none."""
+
+    connection: AsyncConnection
+    merchant_id: str
+    now: datetime
+    marks: dict[str, datetime] = field(default_factory=dict)
+
+    async def pages(self) -> AsyncIterator[list[Job]]:
+        known = {row[0]: row[1] for row in await fetch(self.connection, "SELECT job, watermark FROM job_state")}
+        async for jobs in self._lots(known.get("lots", LONG_AGO)):
+            yield jobs
+        async for jobs in self._operations(known.get("operations", LONG_AGO)):
+            yield jobs
+        yield [
+            Job("Command.Resolve", self._name(id_, "over" if over else "there"), {"source": source, "id": id_}, id_)
+            for source, id_, over in await fetch(self.connection, _TO_RESOLVE, self.now, PAGE)
+        ]
+
+    async def _lots(self, mark: datetime) -> AsyncIterator[list[Job]]:
+        after: tuple[datetime, int, int] = (mark, 0, 0)
+        first: datetime | None = None
+        while rows := await fetch(self.connection, _DUE_LOTS, *after, self.now, PAGE):
+            first = first or rows[0][0]
+            jobs = []
+            for expires_at, account_id, user_seq, user_id in rows:
+                lot_id = entry_id_of(account_id, user_seq)
+                jobs.append(Job("Lot.Expire", self._name(lot_id), {"user_id": user_id, "lot_id": lot_id}, user_id))
+                after = (expires_at, account_id, user_seq)
+            yield jobs
+        # A lot that a won dispute gave back may be due at once, in a transaction that began before this search.
+        self._mark("lots", first, timedelta(minutes=10))
+
+    async def _operations(self, mark: datetime) -> AsyncIterator[list[Job]]:
+        after: tuple[datetime, str] = (mark, "")
+        first: datetime | None = None
+        while rows := await fetch(self.connection, _OVERDUE_OPERATIONS, *after, self.now, PAGE):
+            first = first or rows[0][0]
+            jobs = []
+            for expires_at, operation_id, user_id in rows:
+                payload = {"user_id": user_id, "operation_id": operation_id}
+                jobs.append(Job("Operation.Expire", self._name(operation_id), payload, user_id))
+                after = (expires_at, operation_id)
+            yield jobs
+        # An operation is open for a minute at least, longer than any transaction takes.
+        self._mark("operations", first, timedelta(0))
+
+    def _mark(self, job: str, first: datetime | None, margin: timedelta) -> None:
+        """Begin the next search at the first thing found (it is sent, not done), else a margin before now."""
+        self.marks[job] = self.now - margin if first is None else min(first - INSTANT, self.now - margin)
+
+    def _name(self, subject: str, *details: str) -> str:
+        """Name a job after its subject and the hour: it is sent again in the next one if it came to nothing."""
+        return "/".join((subject[:90], *details, hour(self.now)))
 
 
 def hour(now: datetime) -> str:
-    """Name the hour: a job is sent again in the next one if the first command came to nothing."""
     return now.strftime("%Y%m%d%H")
-
-
-def job(merchant_id: str, command_type: str, name: str, payload: dict[str, Any], key: str, now: datetime) -> OutMessage:
-    headers = command_headers(command_type, name, SOURCE, now)
-    return OutMessage(input_topic(merchant_id, "jobs"), key.encode(), compact_json(payload), headers)
 
 
 async def save_marks(connection: AsyncConnection, marks: dict[str, datetime]) -> None:

@@ -77,7 +77,7 @@ class Service:
         self.pipeline = Pipeline(
             self.publisher, self.writers, resource_amount_max=Decimal(settings.resource_amount_max)
         )
-        self.scheduler = Scheduler(self.control_engine, self.jobs, self.publisher)
+        self.scheduler = Scheduler(self.control_engine, self.jobs, self.publisher, settings.jobs_seconds)
         self.control = Control(
             self.control_engine,
             settings.control_database_url,
@@ -118,7 +118,7 @@ class Service:
         await merchants.schema.check(self.settings.control_database_url)
         await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
         await self.publisher.start()
-        self._tasks = [asyncio.create_task(self._schedule(), name="scheduler")]
+        self._tasks = [asyncio.create_task(self.scheduler.run(), name="scheduler")]
 
     async def _stop(self) -> None:
         for task in self._tasks:
@@ -152,13 +152,3 @@ class Service:
     async def _ensure_topics(self, merchant: Merchant) -> None:
         topics = merchant_topics(merchant.merchant_id, merchant.partitions)
         await ensure_topics(self.settings.kafka_bootstrap_servers, topics, self.settings.security_kwargs())
-
-    async def _schedule(self) -> None:
-        """Send what is due, every few seconds, as long as the process lives."""
-        while True:
-            await asyncio.sleep(self.settings.jobs_seconds)
-            try:
-                await self.scheduler.run_once()
-            except Exception as error:
-                # The registry may be away; the next pass does what this one missed.
-                log.warning("a pass of the scheduler failed", error=repr(error)[:500])

@@ -17,9 +17,10 @@ class Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     deaf: bool = False
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def cut(self) -> None:
+        self.over.set()
         for writer in (self.client, self.server):
             # A reset, not an orderly end: what is under way is lost.
             writer.transport.abort()
@@ -110,11 +111,10 @@ class Proxy:
             return
         link = Link(writer, server_writer)
         self._links.add(link)
-        link.tasks = [
-            asyncio.create_task(self._pass(link, reader, server_writer, from_client=True)),
-            asyncio.create_task(self._pass(link, server_reader, writer, from_client=False)),
-        ]
-        await asyncio.gather(*link.tasks, return_exceptions=True)
+        await asyncio.gather(
+            self._pass(link, reader, server_writer, from_client=True),
+            self._pass(link, server_reader, writer, from_client=False),
+        )
         self._links.discard(link)
 
     async def _pass(
@@ -123,7 +123,7 @@ class Proxy:
         with contextlib.suppress(ConnectionError, OSError):
             while data := await reader.read(CHUNK):
                 if link.deaf:
-                    await asyncio.sleep(3600)
+                    await link.over.wait()
                 if self._delay:
                     await asyncio.sleep(self._delay)
                 if self._rate:

@@ -161,7 +161,9 @@ def test_what_was_due_stays_written_when_the_command_is_refused() -> None:
 
 def test_a_duplicate_lets_no_time_pass() -> None:
     core = shop()
-    message = core.message("Adjustment.Apply", admin(adjustment_id="a", user_id="u", credits_delta=9, access_period_days=1))
+    message = core.message(
+        "Adjustment.Apply", admin(adjustment_id="a", user_id="u", credits_delta=9, access_period_days=1)
+    )
     first = core.published([message])
     core.wait(days=2)
 
@@ -215,7 +217,9 @@ def test_expiry_makes_no_debt_and_leaves_a_later_lot_alone() -> None:
 
 def test_entries_that_are_no_operations_say_what_they_are() -> None:
     core = shop(None)
-    core.applied("Product.Create", **product("W", credits=5, distribution="grant", grant_policy="apply_on_signup", prices=...))
+    core.applied(
+        "Product.Create", **product("W", credits=5, distribution="grant", grant_policy="apply_on_signup", prices=...)
+    )
     core.applied("User.SignedUp", user_id="u")
     core.applied("Purchase.Settled", **purchase(payment_method="idram"))
     core.applied("Grant.Apply", **admin(grant_id="g", user_id="u", credits=7, access_period_days=1))

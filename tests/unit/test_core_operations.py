@@ -17,7 +17,9 @@ def opened(settings: dict[str, Any] | None = None, credits: int = 100) -> Core:
 
 def test_an_open_captures_the_rate_and_lasts_the_configured_minutes() -> None:
     core = shop(config(operation_timeout_minutes=30))
-    core.applied("OperationType.CreateWithArchival", **operation_type("img", credits_per_unit="2.50", resource_unit="image"))
+    core.applied(
+        "OperationType.CreateWithArchival", **operation_type("img", credits_per_unit="2.50", resource_unit="image")
+    )
 
     result = core.applied("Operation.Open", **opening(operation_code="img"))
 

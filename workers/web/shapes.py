@@ -226,8 +226,7 @@ class Explanation(TypedDict):
 
     entry: Entry
     command: NotRequired[CommandRef]
-    operation: NotRequired[Annotated[Operation, "The operation a debit closed."]]
-    rate: NotRequired[Annotated["OperationType", "The version of the operation type it was charged by."]]
+    operation: NotRequired[Annotated[Operation, "The operation a debit closed, with the rate it was charged by."]]
     purchase: NotRequired[Annotated[Purchase, "The purchase an entry belongs to."]]
     receipt_number: NotRequired[str]
     lot: NotRequired[Annotated[Lot, "The lot a positive entry issued, or the one that expired."]]

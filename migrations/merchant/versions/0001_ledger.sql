@@ -57,7 +57,8 @@ CREATE TABLE product_prices (
     amount numeric NOT NULL CHECK (amount > 0),
     effective_at timestamptz NOT NULL,
     archived_at timestamptz CHECK (archived_at >= effective_at),
-    PRIMARY KEY (product_code, country, currency, effective_at),
+    version integer NOT NULL,
+    PRIMARY KEY (product_code, country, currency, version),
     CONSTRAINT product_prices_periods EXCLUDE USING gist (
         textrange(product_code, product_code, '[]') WITH &&,
         textrange(country, country, '[]') WITH &&,
@@ -75,7 +76,8 @@ CREATE TABLE operation_types (
     workflow_type text,
     effective_at timestamptz NOT NULL,
     archived_at timestamptz CHECK (archived_at >= effective_at),
-    PRIMARY KEY (operation_code, effective_at),
+    version integer NOT NULL,
+    PRIMARY KEY (operation_code, version),
     CONSTRAINT operation_types_periods EXCLUDE USING gist (
         textrange(operation_code, operation_code, '[]') WITH &&,
         tstzrange(effective_at, archived_at) WITH &&

@@ -1,0 +1,43 @@
+"""In which form a document is answered: JSON, or what a renderer makes of it."""
+
+from aiohttp import web
+
+from schemas.canonical import compact_json
+from workers.web.calls import Call, Shown
+from workers.web.objects import RENDERERS
+
+JSON = "application/json"
+
+
+def preferred(accept: str, offered: list[str]) -> str:
+    """Return the offered media type that an Accept header prefers; the first one if it wants none of them."""
+    best, best_quality = offered[0], 0.0
+    for media_type in offered:
+        quality = max((q for name, q in _ranges(accept) if _covers(name, media_type)), default=0.0)
+        if quality > best_quality:
+            best, best_quality = media_type, quality
+    return best
+
+
+def _ranges(accept: str) -> list[tuple[str, float]]:
+    found = []
+    for part in accept.split(","):
+        name, *parameters = (text.strip().lower() for text in part.split(";"))
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        try:
+            found.append((name, float(quality)))
+        except ValueError:
+            found.append((name, 0.0))
+    return found
+
+
+def _covers(name: str, media_type: str) -> bool:
+    return name in ("*/*", media_type) or (name.endswith("/*") and media_type.startswith(name[:-1]))
+
+
+async def respond(request: web.Request, call: Call, document: Shown, tag: str) -> web.Response:
+    """Answer with a document in the form asked for."""
+    media_type = preferred(request.headers.get("Accept", "*/*"), [JSON, *RENDERERS])
+    render = RENDERERS.get(media_type)
+    body = compact_json(document) if render is None else await render(call, document)
+    return web.Response(body=body, content_type=media_type, headers={"ETag": tag, "Vary": "Accept"})
