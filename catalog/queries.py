@@ -58,7 +58,7 @@ async def products(
 async def _prices(connection: AsyncConnection, codes: Sequence[str]) -> list[Price]:
     sql = f"""
     SELECT {_names(tables.product_prices)} FROM product_prices WHERE product_code = ANY($1::text[])
-    ORDER BY product_code, country, currency, effective_at
+    ORDER BY product_code, country, currency, version
     """
     return [Price(*row) for row in await fetch(connection, sql, list(codes))]
 
@@ -70,22 +70,22 @@ async def operation_types(
     operation_code: str | None = None,
     active_at: datetime | None = None,
     state: str | None = None,
-    after: tuple[str, datetime] | None = None,
+    after: tuple[str, int] | None = None,
     limit: int,
 ) -> list[Shown]:
-    """Show versions of operation types by (operation_code, effective_at), each with its state at ``now``."""
+    """Show versions of operation types by (operation_code, version), each with its state at ``now``."""
     sql = f"""
     SELECT {_names(tables.operation_types)} FROM operation_types
     WHERE ($1::text IS NULL OR operation_code = $1)
         AND ($2::timestamptz IS NULL OR (effective_at <= $2 AND (archived_at IS NULL OR archived_at > $2)))
-        AND ($3::text IS NULL OR (operation_code, effective_at) > ($3, $4::timestamptz))
+        AND ($3::text IS NULL OR (operation_code, version) > ($3, $4::integer))
         AND ($5::text IS NULL OR $5 = CASE WHEN archived_at <= effective_at THEN 'withdrawn'
             WHEN effective_at > $6 THEN 'scheduled' WHEN archived_at <= $6 THEN 'archived' ELSE 'active' END)
-    ORDER BY operation_code, effective_at LIMIT $7
+    ORDER BY operation_code, version LIMIT $7
     """
     values = (operation_code, active_at, *(after or (None, None)), state, now, limit)
     found = [OperationType(*row) for row in await fetch(connection, sql, *values)]
-    return [version.as_object() | {"state": state_of(version, now)} for version in found]
+    return [kind.as_object() | {"version": kind.version, "state": state_of(kind, now)} for kind in found]
 
 
 def state_of(period: Any, now: datetime) -> str:

@@ -87,7 +87,9 @@ async def balance(connection: AsyncConnection, account: Account, cut: Cut) -> Sh
         rows = await fetch(connection, sql, account.account_id, cut.user_seq)
         total, owed = rows[0] if rows else (0, 0)
     sql = f"""
-    WITH live AS (SELECT expires_at, remaining FROM ({_lots_sql(account, cut)}) l WHERE remaining > 0 AND expires_at > $3)
+    WITH live AS (
+        SELECT expires_at, remaining FROM ({_lots_sql(account, cut)}) l WHERE remaining > 0 AND expires_at > $3
+    )
     SELECT coalesce(sum(remaining), 0)::bigint, min(expires_at),
         coalesce(sum(remaining) FILTER (WHERE expires_at = (SELECT min(expires_at) FROM live)), 0)::bigint FROM live
     """
@@ -432,7 +434,8 @@ async def latest_operations(connection: AsyncConnection, account_id: int, limit:
 
 _METRICS = """
 SELECT operation_code, coalesce(max(nullif(resource_unit, '')), '') AS resource_unit, count(*) AS opened,
-    count(*) FILTER (WHERE state = 'open') AS open, count(*) FILTER (WHERE state = 'open' AND expires_at <= $4) AS overdue,
+    count(*) FILTER (WHERE state = 'open') AS open,
+    count(*) FILTER (WHERE state = 'open' AND expires_at <= $4) AS overdue,
     count(*) FILTER (WHERE state = 'closed') AS closed, count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
     count(*) FILTER (WHERE state = 'timed_out') AS timed_out, count(*) FILTER (WHERE state = 'refused') AS refused,
     coalesce(sum(credits), 0)::bigint AS credits, coalesce(sum(resource_amount), 0) AS resource_amount,

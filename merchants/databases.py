@@ -3,6 +3,7 @@
 All sessions carry timeouts, so that neither a frozen worker nor a slow statement can hold locks for ever.
 """
 
+import asyncio
 from collections import OrderedDict
 from typing import Any
 
@@ -65,13 +66,14 @@ def connect_args(settings: dict[str, str]) -> dict[str, Any]:
 
 
 class Pools:
-    """The pools of one kind (writers or readers) for all merchants; the least recently used are closed beyond a cap."""
+    """The pools of one kind (writers or readers) for all merchants; those not used for the longest time are closed."""
 
     def __init__(self, settings: dict[str, str], *, pool_size: int, merchants_max: int) -> None:
         self._settings = settings
         self._pool_size = pool_size
         self._merchants_max = merchants_max
         self._engines: OrderedDict[str, AsyncEngine] = OrderedDict()
+        self._used_at: dict[str, float] = {}
 
     async def engine(self, merchant_id: str, database_url: str, password: str) -> AsyncEngine:
         """Return a merchant's engine; may close that of the merchant not used for the longest time."""
@@ -80,18 +82,23 @@ class Pools:
             url = engine_url(database_url, password=password)
             engine = self._engines[merchant_id] = create_engine(url, self._settings, pool_size=self._pool_size)
         self._engines.move_to_end(merchant_id)
+        self._used_at[merchant_id] = asyncio.get_running_loop().time()
         if len(self._engines) > self._merchants_max:
-            _, oldest = self._engines.popitem(last=False)
-            # Connections in use go on and are closed when they come back.
-            await oldest.dispose(close=False)
+            await self._close_oldest()
         return engine
 
-    async def forget(self, merchant_id: str) -> None:
-        engine = self._engines.pop(merchant_id, None)
-        if engine is not None:
-            await engine.dispose()
+    async def _close_oldest(self) -> None:
+        merchant_id, oldest = self._engines.popitem(last=False)
+        del self._used_at[merchant_id]
+        # Connections in use go on, and are closed when they come back.
+        await oldest.dispose()
+
+    async def close_idle(self, seconds: float) -> None:
+        """Close the pools that nobody asked for in the last ``seconds``: thousands of merchants are quiet ones."""
+        before = asyncio.get_running_loop().time() - seconds
+        while self._engines and self._used_at[next(iter(self._engines))] < before:
+            await self._close_oldest()
 
     async def close(self) -> None:
         while self._engines:
-            _, engine = self._engines.popitem()
-            await engine.dispose()
+            await self._close_oldest()

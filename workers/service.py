@@ -69,7 +69,7 @@ class Service:
         self.settings = settings
         self.publisher = Publisher(settings.kafka_bootstrap_servers, settings.security_kwargs())
         self.writers = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=settings.merchants_max)
-        self.readers = Pools(READER_SETTINGS, pool_size=settings.readers, merchants_max=settings.merchants_max)
+        self.readers = Pools(READER_SETTINGS, pool_size=settings.readers, merchants_max=settings.readers_max)
         self.jobs = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=4)
         self.control_engine: AsyncEngine = create_engine(
             engine_url(settings.control_database_url), CONTROL_SETTINGS, pool_size=2, max_overflow=2
@@ -118,7 +118,10 @@ class Service:
         await merchants.schema.check(self.settings.control_database_url)
         await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
         await self.publisher.start()
-        self._tasks = [asyncio.create_task(self.scheduler.run(), name="scheduler")]
+        self._tasks = [
+            asyncio.create_task(self.scheduler.run(), name="scheduler"),
+            asyncio.create_task(self._close_idle_pools(), name="idle pools"),
+        ]
 
     async def _stop(self) -> None:
         for task in self._tasks:
@@ -152,3 +155,9 @@ class Service:
     async def _ensure_topics(self, merchant: Merchant) -> None:
         topics = merchant_topics(merchant.merchant_id, merchant.partitions)
         await ensure_topics(self.settings.kafka_bootstrap_servers, topics, self.settings.security_kwargs())
+
+    async def _close_idle_pools(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.idle_seconds / 4)
+            for pools in (self.writers, self.readers, self.jobs):
+                await pools.close_idle(self.settings.idle_seconds)

@@ -37,9 +37,12 @@ class WorkerSettings:
     merchants_poll: int = 2
     # Only these merchants are served, all if there are none.
     merchants: str = ""
-    # Pools of so many merchants stay open; a merchant has one writing and at most `readers` reading connections.
-    merchants_max: int = 40
+    # Connections to merchants' databases: one writing one for each of so many merchants, and some reading ones for
+    # each of fewer. Those of the merchants not used for the longest time are closed.
+    merchants_max: int = 100
     readers: int = 2
+    readers_max: int = 15
+    idle_seconds: int = 60
     jobs_seconds: int = 2
     # More units in one operation than this are refused.
     resource_amount_max: int = 1_000_000_000
@@ -108,6 +111,8 @@ _VARIABLES = {
     "merchants": "CREDITS_MERCHANTS",
     "merchants_max": "CREDITS_MERCHANTS_MAX",
     "readers": "CREDITS_READERS",
+    "readers_max": "CREDITS_READERS_MAX",
+    "idle_seconds": "CREDITS_IDLE_SECONDS",
     "jobs_seconds": "CREDITS_JOBS_SECONDS",
     "resource_amount_max": "CREDITS_RESOURCE_AMOUNT_MAX",
     "log_level": "CREDITS_LOG_LEVEL",

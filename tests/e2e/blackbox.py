@@ -18,7 +18,7 @@ from aiokafka.structs import ConsumerRecord
 
 Json = dict[str, Any]
 
-WAIT_SECONDS_MAX = 30.0
+WAIT_SECONDS_MAX = 8.0
 JSON = "application/json"
 STRUCTURED = "application/cloudevents+json"
 AVRO = "application/avro"

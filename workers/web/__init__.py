@@ -17,5 +17,5 @@ __all__ = ["WebSettings", "mount"]
 
 
 def mount(application: web.Application, service: "Service", settings: WebSettings | None = None) -> None:
-    """Add all routes, and the middleware that guards them, to an application; settings by default from the environment."""
+    """Add all routes and the middleware that guards them; the settings are by default those of the environment."""
     Server(service, settings or WebSettings.from_env()).mount(application)

@@ -51,10 +51,10 @@ async def operation_types(call: Call) -> list[Shown]:
         call.cut.at,
         active_at=call.query.get("active_at"),
         state=call.query.get("state"),
-        after=(call.after[0], parse_time(call.after[1])) if call.after else None,
+        after=(call.after[0], call.after[1]) if call.after else None,
         limit=call.limit + 1,
     )
-    return call.page(found, lambda version: [version["operation_code"], version["effective_at"]])
+    return call.page(found, lambda kind: [kind["operation_code"], kind["version"]])
 
 
 async def operation_type(call: Call) -> Shown:

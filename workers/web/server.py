@@ -1,4 +1,4 @@
-"""Serves the table of endpoints: lets in, reads parameters, opens a read-only transaction, answers, translates errors."""
+"""Serves the table of endpoints: lets in, opens a read-only transaction, answers, translates errors."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping

@@ -306,6 +306,7 @@ class OperationType(TypedDict):
     credits_per_unit: str
     minimum_charge: int
     workflow_type: NotRequired[str]
+    version: Annotated[int, "Counts the versions of the code, in the order they were made."]
     effective_at: Annotated[str, "date-time", "From when it is active."]
     archived_at: NotRequired[Annotated[str, "date-time", "Until just before when it is active."]]
     state: PeriodState
@@ -316,7 +317,7 @@ class OperationTypeHistory(TypedDict):
 
     operation_code: str
     active: NotRequired[Annotated[OperationType, "The version in force."]]
-    versions: Annotated[list[OperationType], "All versions, in order of effective_at."]
+    versions: Annotated[list[OperationType], "All versions, in the order they were made."]
 
 
 class FiscalReceipt(TypedDict):
