@@ -131,6 +131,7 @@ class Stack:
         """
         daemon = self._worker(name)
         port_file = self.state / "run" / f"{name}.port"
+        port_file.parent.mkdir(parents=True, exist_ok=True)
         if daemon.find() is None:
             web = {"CREDITS_WEB_BIND": "127.0.0.1", "CREDITS_WEB_PORT": str(remembered_port(port_file))}
             # Python leaves unknown -X options alone; this one makes the process known again.

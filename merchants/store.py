@@ -21,17 +21,23 @@ class State:
     config_version: int
     catalog_version: int
     clock_offset: timedelta
+    suspended: bool
     now: datetime  # the database's clock plus the offset, read in the same statement
 
 
 _READ_STATE = """
-SELECT config_version, catalog_version, clock_offset, clock_timestamp() + clock_offset FROM merchant_state
+SELECT config_version, catalog_version, clock_offset, suspended, clock_timestamp() + clock_offset FROM merchant_state
 """
 
 
 async def read_state(connection: AsyncConnection, *, for_update: bool = False) -> State:
     rows = await fetch(connection, _READ_STATE + ("FOR UPDATE" if for_update else ""))
     return State(*rows[0])
+
+
+async def set_suspended(connection: AsyncConnection, suspended: bool) -> None:
+    """Have every batch refuse to begin, or begin again; batches under way are waited for."""
+    await connection.exec_driver_sql("UPDATE merchant_state SET suspended = $1", (suspended,))
 
 
 async def read_config(connection: AsyncConnection, version: int) -> MerchantConfig:

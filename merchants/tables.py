@@ -52,6 +52,7 @@ merchant_state = Table(
     Column("config_version", BigInteger, nullable=False),
     Column("catalog_version", BigInteger, nullable=False),
     Column("clock_offset", Interval, nullable=False),
+    Column("suspended", Boolean, nullable=False),
 )
 
 merchant_config = Table(

@@ -5,7 +5,8 @@ in the control database, writes the result and the position together.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -26,8 +27,8 @@ from schemas.envelope import DecodeContext, Incoming, decode
 from schemas.errors import Code, Refusal
 from schemas.topics import CONTROL_CHANNEL
 from workers import inbox, outgoing, positions
-from workers.decide import Reception
-from workers.inbox import Row, keyed
+from workers.decide import Answer, Reception
+from workers.inbox import DeadLetter, Row, keyed
 from workers.lanes import Lease, Outcome, Record
 from workers.pipeline import FORCE_SECONDS, REFUSED_WAIT_SECONDS, Backoff, is_race, is_trouble
 from workers.positions import Claim, LostOwnershipError
@@ -62,6 +63,7 @@ class Control:
     publisher: Publisher
     ensure_topics: EnsureTopics
     send_due: SendDue
+    observers: list[Callable[[None, Sequence[Answer], Sequence[DeadLetter]], None]] = field(default_factory=list)
     _published: dict[TP, int] = field(default_factory=dict)
     _known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
     _secret: bytes = b""
@@ -211,6 +213,8 @@ class Control:
 
     async def _publish(self, desk: ControlDesk, lease: Lease) -> None:
         await self.publisher.publish(outgoing.results(None, desk.answers, {}), lease)
+        for observer in self.observers:
+            observer(None, desk.answers, desk.letters)
         for reply in outgoing.replies(None, desk.answers, {}):
             await self.publisher.publish_quietly(reply)
 
@@ -262,11 +266,23 @@ class Control:
         return await self._set_state(incoming, "active")
 
     async def _set_state(self, incoming: Incoming, state: str) -> dict[str, Any]:
+        """Write a state into the merchant's own database, where every batch sees it, and into the registry."""
         merchant = await self._merchant(incoming.payload.merchant_id)
-        if merchant.state != state:
-            async with self.engine.begin() as connection:
-                await merchants.registry.set_state(connection, merchant.merchant_id, state)
+        async with self._database(merchant) as connection:
+            await merchants.store.set_suspended(connection, state == "suspended")
+        async with self.engine.begin() as connection:
+            await merchants.registry.set_state(connection, merchant.merchant_id, state)
         return {"merchant_id": merchant.merchant_id, "state": state}
+
+    @asynccontextmanager
+    async def _database(self, merchant: Merchant) -> AsyncIterator[AsyncConnection]:
+        url = engine_url(merchant.database_url, password=merchant.password)
+        engine = create_unpooled_engine(url, WRITER_SETTINGS)
+        try:
+            async with engine.begin() as connection:
+                yield connection
+        finally:
+            await engine.dispose()
 
     async def advance(self, incoming: Incoming) -> dict[str, Any]:
         """Move a simulated merchant's clock; done when everything due by then has been sent."""
@@ -276,13 +292,8 @@ class Control:
             raise Refusal(
                 Code.IMMUTABLE, "only a simulated merchant's clock moves", {"merchant_id": command.merchant_id}
             )
-        url = engine_url(merchant.database_url, password=merchant.password)
-        engine = create_unpooled_engine(url, WRITER_SETTINGS)
-        try:
-            async with engine.begin() as connection:
-                offset, now = await merchants.store.advance_clock(connection, command.seconds, incoming.identity)
-        finally:
-            await engine.dispose()
+        async with self._database(merchant) as connection:
+            offset, now = await merchants.store.advance_clock(connection, command.seconds, incoming.identity)
         await self.send_due(merchant)
         return {
             "merchant_id": command.merchant_id,

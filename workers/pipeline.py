@@ -40,6 +40,7 @@ from workers.transaction import (
     Message,
     Plan,
     StaleContextError,
+    SuspendedError,
     next_offsets,
     plan,
 )
@@ -119,7 +120,12 @@ class Pipeline:
         try:
             parts = await self._apply_all(desk, records, lease, frozenset())
         except LostOwnershipError as lost:
-            return await self._refused(desk, records, lease, lost)
+            log.warning("a batch is dropped", merchant=merchant, reason=str(lost))
+            desk.refused_since = desk.refused_since or asyncio.get_running_loop().time()
+            return await self._read_again(records, lease)
+        except SuspendedError:
+            # The lane is held as soon as the registry is read again.
+            return await self._read_again(records, lease)
         desk.refused_since = None
         outcome = Outcome()
         for applied in parts:
@@ -127,25 +133,21 @@ class Pipeline:
             outcome.seek |= applied.seek
         return outcome
 
-    async def _refused(self, desk: Desk, records: Sequence[Record], lease: Lease, lost: LostOwnershipError) -> Outcome:
-        """Drop a batch of which a partition has another owner, and read it again if the partitions are ours after all.
+    async def _read_again(self, records: Sequence[Record], lease: Lease) -> Outcome:
+        """Drop a batch, and have it read again in a second if the partitions are ours still.
 
-        A worker that woke from a freeze learns here that it was replaced; its lease ends within a heartbeat. One that
-        was given the partitions meanwhile waits, and takes them back from an owner that does not go away.
+        A worker that woke from a freeze has another owner's partitions; its lease ends within a heartbeat. One that was
+        given the partitions meanwhile tries again, and takes them back from an owner that does not go away.
         """
-        log.warning("a batch is dropped", merchant=desk.merchant.merchant_id, reason=str(lost))
-        now = asyncio.get_running_loop().time()
-        desk.refused_since = desk.refused_since or now
         waited = 0.0
         while lease.alive() and waited < REFUSED_WAIT_SECONDS:
             await asyncio.sleep(0.1)
             waited += 0.1
-        if not lease.alive():
-            desk.refused_since = None
-            return Outcome()
         starts: dict[TP, int] = {}
         for record in records:
             starts.setdefault(TP(record.topic, record.partition), record.offset)
+        if not lease.alive():
+            return Outcome()
         lease.first |= starts.keys()
         return Outcome(seek=starts)
 
@@ -256,7 +258,7 @@ class Pipeline:
                 messages = self._decode(desk.context, records)
             except LotsNeeded as needed:
                 lots_wanted[needed.account_id] = 8 * lots_wanted.get(needed.account_id, LOTS_AT_FIRST)
-            except (PoisonError, LostOwnershipError):
+            except (PoisonError, LostOwnershipError, SuspendedError):
                 raise
             except Exception as error:
                 if is_race(error):

@@ -34,6 +34,7 @@ from workers.admin import TopicSpec, ensure_topics
 from workers.app import App, create_app
 from workers.control import Control
 from workers.lanes import Lease, Outcome, Record
+from workers.metrics import Metrics, Sampler
 from workers.pipeline import Pipeline
 from workers.publisher import Publisher
 from workers.scheduler import Scheduler
@@ -42,6 +43,7 @@ from workers.settings import WorkerSettings
 log = structlog.get_logger(__name__)
 
 CONTROL_LANE = ""
+SAMPLE_SECONDS = 15
 THIRTY_DAYS_MS = str(30 * 86_400_000)
 
 
@@ -86,6 +88,14 @@ class Service:
             self.scheduler.send_due,
         )
         self.merchants: dict[str, Merchant] = {}
+        self.metrics = Metrics(
+            lambda: self.app.state_of_worker,
+            lambda: self.scheduler.errors,
+            {"writers": self.writers, "readers": self.readers, "jobs": self.jobs},
+        )
+        self.sampler = Sampler(self.metrics, self.readers, self.merchants, lambda: self.app.state_of_worker.assigned)
+        self.pipeline.observers.append(self.metrics.observe)
+        self.control.observers.append(self.metrics.answered)
         self._tasks: list[asyncio.Task[None]] = []
         self.app: App = create_app(
             settings,
@@ -99,9 +109,10 @@ class Service:
     # Handler
 
     async def process(self, merchant: str, records: list[Record], lease: Lease) -> Outcome:
-        if merchant == CONTROL_LANE:
-            return await self.control.process(records, lease)
-        return await self.pipeline.process(merchant, records, lease)
+        with self.metrics.batch(merchant, records):
+            if merchant == CONTROL_LANE:
+                return await self.control.process(records, lease)
+            return await self.pipeline.process(merchant, records, lease)
 
     async def idle(self, merchant: str, partitions: set[Any], lease: Lease) -> None:
         if merchant == CONTROL_LANE:
@@ -121,6 +132,7 @@ class Service:
         self._tasks = [
             asyncio.create_task(self.scheduler.run(), name="scheduler"),
             asyncio.create_task(self._close_idle_pools(), name="idle pools"),
+            asyncio.create_task(self._sample(), name="sampler"),
         ]
 
     async def _stop(self) -> None:
@@ -161,3 +173,8 @@ class Service:
             await asyncio.sleep(self.settings.idle_seconds / 4)
             for pools in (self.writers, self.readers, self.jobs):
                 await pools.close_idle(self.settings.idle_seconds)
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_SECONDS)
+            await self.sampler.run_once()

@@ -40,6 +40,10 @@ Message = Incoming | Undeliverable
 _SETTINGS_COMMANDS = frozenset({"Merchant.Configure", "UserRole.Assign", "UserRole.Revoke"})
 
 
+class SuspendedError(Exception):
+    """The merchant is suspended: its messages stay in their topics."""
+
+
 class StaleContextError(Exception):
     """The merchant's configuration changed since the batch was decoded: decode it again."""
 
@@ -276,6 +280,8 @@ class Batch:
     async def _desk(self, wanted: Wanted, accounts: dict[int, Account]) -> Desk:
         changes_settings = bool(wanted.types & (_SETTINGS_COMMANDS | catalog.decisions.HANDLERS.keys()))
         state = await merchants.store.read_state(self.connection, for_update=changes_settings)
+        if state.suspended:
+            raise SuspendedError
         context = self.context
         if state.config_version != context.config_version or context.config is None:
             config = await merchants.store.read_config(self.connection, state.config_version)

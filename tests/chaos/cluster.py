@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,15 +79,16 @@ class Cluster:
     """
 
     def __init__(self, root: Path, jars: Path, environment: dict[str, str] | None = None) -> None:
-        self.state = root / ".credits"
+        self.state = root.resolve() / ".credits"
         for folder, mode in ((self.state, 0o711), (self.state / "logs", 0o700), (self.state / "run", 0o700)):
             folder.mkdir(mode=mode, parents=True, exist_ok=True)
         self.postgres = Postgres(self.state)
-        self.kafka = ProxiedKafka(self.state, jars, Console(stderr=True))
+        self.kafka = ProxiedKafka(self.state, jars.resolve(), Console(stderr=True))
         self.workers: dict[str, Worker] = {}
         self.exits: list[Exit] = []
         self.has_disk = False
         self._environment = environment or {}
+        self._proxies: list[Proxy] = []
 
     @property
     def bootstrap_servers(self) -> str:
@@ -103,6 +105,7 @@ class Cluster:
         self.kafka.start()
         self.pg_proxy = Proxy(self.postgres.port, free_port())
         self.kafka_proxy = Proxy(self.kafka.proxied_port, self.kafka.proxy_port)
+        self._proxies = [self.pg_proxy, self.kafka_proxy]
         url = urlsplit(self.database_url())
         proxied = url._replace(netloc=url.netloc.replace(f":{self.postgres.port}", f":{self.pg_proxy.port}"))
         self.environment = {
@@ -126,7 +129,7 @@ class Cluster:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGCONT)
             worker.daemon.kill()
-        for proxy in (self.pg_proxy, self.kafka_proxy):
+        for proxy in self._proxies:
             proxy.close()
         self.kafka.stop()
         self.postgres.stop()
@@ -213,6 +216,20 @@ class Cluster:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
+    def watch_log(self, name: str, text: str) -> Callable[[], bool]:
+        """Return a function that tells whether a worker's log has got a text since now."""
+        log = self.workers[name].daemon.log
+        begin = log.stat().st_size if log.exists() else 0
+
+        def has_come() -> bool:
+            if not log.exists():
+                return False
+            with log.open("rb") as file:
+                file.seek(begin if log.stat().st_size >= begin else 0)
+                return text.encode() in file.read()
+
+        return has_come
+
     def look_after(self) -> None:
         """Start workers again that ended, and note those that nobody had told to."""
         for worker in self.workers.values():
@@ -225,7 +242,7 @@ class Cluster:
                 self.exits.append(Exit(worker.name, None, tail(worker.daemon.log, 12)))
             self.start_worker(worker.name)
 
-    def writers_in_transaction_ports(self, name: str) -> list[int]:
+    def server_ports(self, name: str) -> list[int]:
         """Return the ports under which the database knows the connections of a worker."""
         process = self.workers[name].daemon.find()
         if process is None:

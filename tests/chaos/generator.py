@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
 Json = dict[str, Any]
@@ -206,7 +206,17 @@ class Shop:
     def malformed(self) -> list[Message]:
         good = self.grant()[0]
         self.sent.pop()
-        values = (b"", None, b"{", b"\xff\xfe", b'{"user_id": NaN}', b"[]", b'{"a":1,"a":2}', b"x" * 70_000, b"\xc3\x01")
+        values = (
+            b"",
+            None,
+            b"{",
+            b"\xff\xfe",
+            b'{"user_id": NaN}',
+            b"[]",
+            b'{"a":1,"a":2}',
+            b"x" * 70_000,
+            b"\xc3\x01",
+        )
         broken = replace(good, value=self.rng.choice(values))
         match self.rng.randrange(4):
             case 0:
@@ -233,11 +243,13 @@ class Load:
         self._pending: set[asyncio.Task[None]] = set()
         self._stopping = False
 
-    async def start(self) -> None:
+    async def start_producer(self) -> None:
         self._producer = AIOKafkaProducer(
             bootstrap_servers=self._servers, linger_ms=1, request_timeout_ms=20_000, metadata_max_age_ms=5_000
         )
         await self._producer.start()
+
+    def start(self) -> None:
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._run_transactions())]
 
     def add(self, merchant: str) -> None:
@@ -370,6 +382,10 @@ class Ear:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         await self._consumer.stop()
+
+    async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        ends: dict[TopicPartition, int] = await self._consumer.end_offsets(partitions)
+        return ends
 
     def expect(self, message_id: str) -> asyncio.Future[Json]:
         """Return a future of the next result of a message."""

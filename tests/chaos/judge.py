@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,8 +45,6 @@ KEYS = {
     "Operation.Cancel": "operation_id",
     "Product.Create": "product_code",
 }
-# What an effect calls the amount that its entry must have, and the sign of it.
-SIGNS = {"Operation.RecordAndClose": -1, "Refund.Apply": -1, "Chargeback.Apply": -1, "Lot.Expire": -1}
 
 
 @dataclass
@@ -300,9 +299,12 @@ class Merchant:
                     yield named, body
                 seen.add(ce_id)
 
+    def _payloads(self, named: Identity) -> list[Json]:
+        """Return the contents that came under one identity; only the one decided first can have been applied."""
+        return [json.loads(value) for value in {record.value for record in self.deliveries[named]} if value]
+
     def _payload(self, named: Identity) -> Json:
-        payload: Json = json.loads(self.deliveries[named][0].value)
-        return payload
+        return self._payloads(named)[0]
 
     def _judge_effects(self) -> None:
         """Entries are exactly those that results claim, each claimed by one command; keys are used once."""
@@ -331,7 +333,7 @@ class Merchant:
             if row is None:
                 self.verdict.lost += 1
                 self.wrong("an effect is missing", (claimed, several))
-            elif several[0][2] is not None and row["amount"] != several[0][2]:
+            elif several[0][2] is not None and abs(row["amount"]) != several[0][2]:
                 self.wrong("an entry has another amount than its result says", (dict(row), several))
         for unclaimed in entries.keys() - claims.keys():
             self.verdict.applied_twice += 1
@@ -345,25 +347,28 @@ class Merchant:
                 products[self._payload(named)["product_code"]] = self._payload(named)
             if body["command_type"] == "OperationType.CreateWithArchival":
                 rates[self._payload(named)["operation_code"]] = self._payload(named)
-        opened = {row["operation_id"]: row for row in self.tables["operations"]}
-        for named, body in self._originals():
-            if named not in self.deliveries:
-                continue
-            payload, effects = self._payload(named), body["effects"]
-            match body["command_type"]:
+        opened = {row["operation_id"]: row["operation_code"] for row in self.tables["operations"]}
+        amounts = {entry_id(row): row["amount"] for row in self.tables["entries"]}
+
+        def worth(type_: str, payload: Json) -> int | None:
+            match type_:
                 case "Purchase.Settled":
-                    expected = products[payload["product_code"]]["credits"]
+                    return int(products[payload["product_code"]]["credits"])
                 case "Grant.Apply":
-                    expected = payload["credits"]
+                    return int(payload["credits"])
                 case "Adjustment.Apply":
-                    expected = payload["credits_delta"]
+                    return int(payload["credits_delta"])
                 case "Operation.RecordAndClose":
-                    rate = rates[opened[payload["operation_id"]]["operation_code"]]["credits_per_unit"]
-                    expected = max(1, math.ceil(Decimal(payload["resource_amount"]) * Decimal(rate)))
-                case _:
-                    continue
-            if abs(effects["credits"]) != abs(expected):
-                self.wrong("a command was worth something else", (named, payload, effects, expected))
+                    rate = Decimal(rates[opened[payload["operation_id"]]]["credits_per_unit"])
+                    return -max(1, math.ceil(Decimal(payload["resource_amount"]) * rate))
+            return None
+
+        for named, body in self._originals():
+            if named in self.deliveries:
+                expected = {worth(body["command_type"], payload) for payload in self._payloads(named)}
+                moved = amounts.get(body["effects"].get("entry_id"))
+                if None not in expected and moved not in expected:
+                    self.wrong("a command was worth something else", (named, body, moved, expected))
         self._judge_reversals(products)
 
     def _judge_reversals(self, products: Mapping[str, Json]) -> None:
@@ -444,7 +449,7 @@ class Merchant:
             rows.sort(key=lambda row: row["sequence"])
             if [row["sequence"] for row in rows] != list(range(1, len(rows) + 1)):
                 self.wrong("a series has gaps", key)
-            if any(a["issued_at"] > b["issued_at"] for a, b in zip(rows, rows[1:], strict=False)):
+            if any(a["issued_at"] > b["issued_at"] for a, b in pairwise(rows)):
                 self.wrong("a series is not in order of time", key)
         receipts = Counter(row["external_ref"] for row in self.tables["documents"] if row["kind"] == "receipt")
         purchases = {row["external_ref"] for row in self.tables["purchases"]}
@@ -478,16 +483,15 @@ class Merchant:
             open_now = [row["operation_id"] for row in rows if row["state"] == "open"]
             if len(open_now) > 1 or slots[account] not in (open_now or [None]):
                 self.wrong("more than one operation is open", (account, open_now, slots[account]))
-            for one, next_one in zip(rows, rows[1:], strict=False):
+            for one, next_one in pairwise(rows):
                 ended = one["closed_at"] if one["state"] != "timed_out" else one["expires_at"]
                 if ended is None or ended > next_one["opened_at"]:
                     self.wrong("operations overlap", (dict(one), dict(next_one)))
         known = {row["operation_id"] for row in self.tables["operations"]}
         for named, body in self._originals():
-            if body["command_type"] == "Operation.Open":
-                if self._payload(named)["operation_id"] not in known:
-                    self.verdict.lost += 1
-                    self.wrong("an opened operation is missing", named)
+            if body["command_type"] == "Operation.Open" and self._payload(named)["operation_id"] not in known:
+                self.verdict.lost += 1
+                self.wrong("an opened operation is missing", named)
 
     def _judge_positions(self) -> None:
         """Everything is applied and published, and the inbox has one row for every message and content."""
@@ -520,17 +524,15 @@ def entry_id(row: Mapping[str, Any]) -> str:
 
 
 def claimed_entries(body: Json) -> Iterable[tuple[str, int | None]]:
-    """Yield the entries that a result claims, with the amount each must have if the result tells."""
+    """Yield the entries that a result claims, with the credits each must have moved if the result tells."""
     effects = body["effects"]
-    type_ = body.get("command_type", "")
     if effects.get("entry_id"):
         credits = effects.get("credits", effects.get("credits_taken"))
-        sign = SIGNS.get(type_, 1)
-        yield effects["entry_id"], None if credits is None else sign * abs(credits) if sign < 0 else credits
+        yield effects["entry_id"], None if credits is None else abs(credits)
     for grant in effects.get("grants", ()):
         yield grant["entry_id"], grant["credits"]
     for lot in (body.get("time_effects") or {}).get("expired", ()):
-        yield lot["entry_id"], -abs(lot["credits"])
+        yield lot["entry_id"], abs(lot["credits"])
 
 
 def replay(

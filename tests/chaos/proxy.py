@@ -47,14 +47,15 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
     async def _listen(self) -> None:
-        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     def close(self) -> None:
         """End all connections and the thread."""
-        self.cut()
+        self._run(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
     # Misbehaviour
 
@@ -89,6 +90,15 @@ class Proxy:
             for link in list(self._links)
             if link.client.get_extra_info("peername")[1] in client_ports
         ]
+
+    async def _close(self) -> None:
+        self._server.close()
+        self._refusing = True
+        await self._cut()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _cut(self) -> None:
         for link in list(self._links):

@@ -363,7 +363,7 @@ class Bus:
         """Wait for so many results of a message."""
         topic = CONTROL_RESULTS if sent.topic == CONTROL else f"credits.{sent.merchant}.results"
         found = self._results[topic, sent.source, sent.id]
-        await self.until(f"{count} results of {sent}, got {len(found)}", lambda: len(found) >= count, seconds)
+        await self.until(f"{count} results of {sent.id} in {sent.topic}", lambda: len(found) >= count, seconds)
         return list(found)
 
     def heard(self, sent: Sent) -> list[Received]:

@@ -373,20 +373,24 @@ async def test_a_tail_cut_off_with_its_account_row_rewound_is_found(books: Books
             AND NOT EXISTS (SELECT FROM entries x WHERE x.account_id = a.account_id AND x.user_seq = a.last_seq)
         """,
     )
-    assert {"an applied command that moves credits has its entry", "a result says what the ledger says"} <= {
-        finding.name for finding in report.broken
-    }
+    assert {
+        "an applied command that moves credits has its entry",
+        "a result is its command's and says what the ledger says",
+    } <= {finding.name for finding in report.broken}
 
 
 async def test_overlapping_periods_of_the_catalogue_are_found(books: Books) -> None:
     report = await after(
         books,
         """
-        INSERT INTO operation_types SELECT operation_code, display_name, resource_unit, credits_per_unit,
-            minimum_charge, workflow_type, effective_at + interval '1 day' FROM operation_types
+        INSERT INTO operation_types (operation_code, display_name, resource_unit, credits_per_unit, minimum_charge,
+            effective_at, version)
+        SELECT operation_code, display_name, resource_unit, credits_per_unit, minimum_charge,
+            effective_at + interval '1 day', version + 1 FROM operation_types
         """,
         """
-        INSERT INTO product_prices SELECT product_code, country, currency, amount, effective_at + interval '1 day'
+        INSERT INTO product_prices (product_code, country, currency, amount, effective_at, version)
+        SELECT product_code, country, currency, amount, effective_at + interval '1 day', version + 1
         FROM product_prices
         """,
     )

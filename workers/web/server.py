@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-import prometheus_client
 import structlog
 from aiohttp import web
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -21,9 +20,10 @@ from merchants.registry import Merchant
 from schemas.canonical import compact_json
 from schemas.errors import Code
 from schemas.topics import is_merchant_id
+from workers.metrics import CONTENT_TYPE
 from workers.pipeline import is_trouble
 from workers.web import documentation, negotiation, paging
-from workers.web.access import ADMIN, METRICS, USER, Gate, Principal, role_in
+from workers.web.access import ADMIN, AUDITOR, METRICS, USER, Gate, Principal, role_in
 from workers.web.calls import Call, Endpoint
 from workers.web.endpoints import ENDPOINTS
 from workers.web.limits import RateLimit
@@ -284,12 +284,12 @@ class Server:
         return web.json_response({"status": "ready"})
 
     async def metrics(self, request: web.Request) -> web.StreamResponse:
-        """Show what prometheus_client's registry holds; whoever measures something registers it there."""
+        """Show what the worker has measured."""
         principal = await self._principal(request)
-        if principal.role not in (ADMIN, METRICS):
+        if principal.role not in (ADMIN, METRICS, AUDITOR):
             raise problem(Code.FORBIDDEN)
-        body = await asyncio.to_thread(prometheus_client.generate_latest)
-        return web.Response(body=body, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
+        body = await asyncio.to_thread(self.service.metrics.render)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
 def pattern(path: str) -> str:

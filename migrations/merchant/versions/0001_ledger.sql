@@ -9,7 +9,8 @@ CREATE TABLE merchant_state (
     merchant_id text,
     config_version bigint NOT NULL DEFAULT 0,
     catalog_version bigint NOT NULL DEFAULT 0,
-    clock_offset interval NOT NULL DEFAULT '0'
+    clock_offset interval NOT NULL DEFAULT '0',
+    suspended boolean NOT NULL DEFAULT false
 );
 INSERT INTO merchant_state DEFAULT VALUES;
 

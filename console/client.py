@@ -1,0 +1,117 @@
+"""A small client of the command topics: sends commands, and keeps the results that come back."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from schemas.canonical import compact_json
+from schemas.events import command_headers
+from schemas.payloads import COMMANDS
+from schemas.topics import CONTROL, CONTROL_CHANNEL, input_topic, results_topic
+
+RESULT_SECONDS_MAX = 60.0
+# What names the record: the user where the command has one, else its business key or code.
+_KEYS = (
+    "user_id",
+    "refund_id",
+    "dispute_id",
+    "product_code",
+    "operation_code",
+    "receipt_number",
+    "subject",
+    "merchant_id",
+)
+
+Result = dict[str, Any]
+
+
+class NoResultError(Exception):
+    """A command got no result in time: probably no worker runs."""
+
+
+class Client:
+    """Sends commands as ``source`` and collects their results in ``results``, by command id.
+
+    Each command has exactly one result; a list that is longer shows that one was published twice.
+    """
+
+    def __init__(
+        self, bootstrap_servers: str, security: Mapping[str, Any], source: str = "urn:credits:console"
+    ) -> None:
+        self.source = source
+        self.results: defaultdict[str, list[Result]] = defaultdict(list)
+        self._sent: list[asyncio.Future[Any]] = []
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=bootstrap_servers, acks="all", enable_idempotence=True, linger_ms=5, **security
+        )
+        self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest", **security)
+
+    async def __aenter__(self) -> "Client":
+        await self._producer.start()
+        await self._consumer.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._consumer.stop()
+        await self._producer.stop()
+
+    async def watch(self, merchant: str | None, partitions: int, *, from_start: bool) -> None:
+        """Collect the results of a merchant, or of the control topic, from now on or from the first one on."""
+        added = [TopicPartition(results_topic(merchant), number) for number in range(partitions)]
+        at = {tp: await self._consumer.position(tp) for tp in self._consumer.assignment()}
+        self._consumer.assign([*at, *added])
+        for tp, offset in at.items():
+            self._consumer.seek(tp, offset)
+        await (self._consumer.seek_to_beginning if from_start else self._consumer.seek_to_end)(*added)
+
+    async def send(self, merchant: str | None, command_type: str, payload: Mapping[str, Any]) -> str:
+        """Send a command, not waiting for anything; returns its id. What is sent for one key keeps its order."""
+        message_id = str(uuid.uuid4())
+        channel = COMMANDS[command_type].channel
+        topic = CONTROL if channel == CONTROL_CHANNEL else input_topic(merchant or "", channel)
+        key = next((str(payload[name]) for name in _KEYS if name in payload), command_type)
+        at = datetime.now(UTC)
+        headers = command_headers(command_type, message_id, self.source, at)
+        self._sent.append(await self._producer.send(topic, compact_json(payload), key=key.encode(), headers=headers))
+        return message_id
+
+    async def flush(self) -> None:
+        """Wait until the broker has everything that was sent."""
+        sent, self._sent = self._sent, []
+        await asyncio.gather(*sent)
+
+    async def receive(self) -> None:
+        """Wait a little for results, and keep what came."""
+        for records in (await self._consumer.getmany(timeout_ms=200, max_records=5000)).values():
+            for record in records:
+                result = json.loads(record.value)
+                if result["command_source"] == self.source:
+                    self.results[result["command_id"]].append(result)
+
+    async def wait(self, ids: Iterable[str], seconds: float = RESULT_SECONDS_MAX) -> list[Result]:
+        """Wait for the results of commands that were sent, and return them in the same order."""
+        wanted = list(ids)
+        missing = set(wanted) - self.results.keys()
+        until = time.monotonic() + seconds
+        while missing:
+            if time.monotonic() > until:
+                raise NoResultError(f"{len(missing)} commands got no result within {seconds:.0f} s: does a worker run?")
+            await self.receive()
+            missing -= self.results.keys()
+        return [self.results[message_id][0] for message_id in wanted]
+
+    async def call(self, merchant: str | None, command_type: str, payload: Mapping[str, Any]) -> Result:
+        """Send one command and wait for its result."""
+        message_id = await self.send(merchant, command_type, payload)
+        await self.flush()
+        return (await self.wait([message_id]))[0]
