@@ -107,8 +107,9 @@ async def _drain(ground: Ground, scenario: Scenario, merchants: Sequence[str], s
     await ground.suspend(merchants)
     receipts = await _receipts(ground, scenario, merchants)
     starts = await backlog(ground, scenario, merchants, served.commands, run)
-    processors = Processors(ground)
     await ground.resume(merchants)
+    await ground.wait(starts, 1, served.commands, poll_seconds=0.1)
+    processors = Processors(ground)
     ends = await ground.wait(starts, served.commands, served.commands / COMMANDS_A_SECOND_MIN)
     served.cores = processors.cores()
     # A worker that answers twice would do it now.

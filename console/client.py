@@ -38,7 +38,7 @@ class NoResultError(Exception):
 
 
 class Client:
-    """Sends commands as ``source`` and collects their results in ``results``, by command id.
+    """Sends commands as ``source``; ``sent`` has merchant and type, ``results`` the results, both by command id.
 
     Each command has exactly one result; a list that is longer shows that one was published twice.
     """
@@ -48,7 +48,8 @@ class Client:
     ) -> None:
         self.source = source
         self.results: defaultdict[str, list[Result]] = defaultdict(list)
-        self._sent: list[asyncio.Future[Any]] = []
+        self.sent: dict[str, tuple[str | None, str]] = {}
+        self._unconfirmed: list[asyncio.Future[Any]] = []
         self._producer = AIOKafkaProducer(
             bootstrap_servers=bootstrap_servers, acks="all", enable_idempotence=True, linger_ms=5, **security
         )
@@ -66,13 +67,14 @@ class Client:
         await self._producer.stop()
 
     async def watch(self, merchant: str | None, partitions: int, *, from_start: bool) -> None:
-        """Collect the results of a merchant, or of the control topic, from now on or from the first one on."""
+        """Collect the results of a merchant, or of the control topic, from now on, or those of a new one from the start."""
         added = [TopicPartition(results_topic(merchant), number) for number in range(partitions)]
         at = {tp: await self._consumer.position(tp) for tp in self._consumer.assignment()}
         self._consumer.assign([*at, *added])
-        for tp, offset in at.items():
+        for tp, offset in [*at.items(), *((tp, 0) for tp in added if from_start)]:
             self._consumer.seek(tp, offset)
-        await (self._consumer.seek_to_beginning if from_start else self._consumer.seek_to_end)(*added)
+        if not from_start:
+            await self._consumer.seek_to_end(*added)
 
     async def send(self, merchant: str | None, command_type: str, payload: Mapping[str, Any]) -> str:
         """Send a command, not waiting for anything; returns its id. What is sent for one key keeps its order."""
@@ -82,13 +84,15 @@ class Client:
         key = next((str(payload[name]) for name in _KEYS if name in payload), command_type)
         at = datetime.now(UTC)
         headers = command_headers(command_type, message_id, self.source, at)
-        self._sent.append(await self._producer.send(topic, compact_json(payload), key=key.encode(), headers=headers))
+        future = await self._producer.send(topic, compact_json(payload), key=key.encode(), headers=headers)
+        self._unconfirmed.append(future)
+        self.sent[message_id] = merchant, command_type
         return message_id
 
     async def flush(self) -> None:
         """Wait until the broker has everything that was sent."""
-        sent, self._sent = self._sent, []
-        await asyncio.gather(*sent)
+        unconfirmed, self._unconfirmed = self._unconfirmed, []
+        await asyncio.gather(*unconfirmed)
 
     async def receive(self) -> None:
         """Wait a little for results, and keep what came."""

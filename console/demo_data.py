@@ -1,4 +1,4 @@
-"""Real input as commands: a shop's orders and a trace of LLM calls. Deterministic; no clock, no IO but the two files."""
+"""Real input as commands: a shop's orders and a trace of LLM calls. Deterministic; only the two files are read."""
 
 import csv
 from bisect import bisect
@@ -173,8 +173,8 @@ def shop_refunds(invoices: list[Order]) -> Iterator[tuple[Command, bool]]:
 
 PACKS = (("pack-5000", 5000, "50.00"), ("pack-500", 500, "6.00"))
 WELCOME = 100
-CREDITS_PER_TOKEN = "0.01"
 TOKENS_PER_CREDIT = 100
+RATE = "0.01"  # credits per token
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def llm_catalog() -> Iterator[Command]:
         "operation_code": "completion",
         "display_name": "Code completion",
         "resource_unit": "TOKEN",
-        "credits_per_unit": CREDITS_PER_TOKEN,
+        "credits_per_unit": RATE,
         "actor": ACTOR,
     }
     yield "OperationType.CreateWithArchival", payload
@@ -227,8 +227,8 @@ def llm_customers(trace: Iterable[LlmCall], at: str) -> Iterator[list[Command]]:
         for code, size, amount in PACKS:
             count = -(-missing // size) if number % 2 and size == PACKS[-1][1] else missing // size
             missing = max(0, missing - count * size)
-            for n in range(count):
-                bought.append(purchase(user_id, f"{user_id}-{code}-{n}", code, ("AM", amount, "USD"), at))
+            price = ("AM", amount, "USD")
+            bought += [purchase(user_id, f"{user_id}-{code}-{n}", code, price, at) for n in range(count)]
         yield bought
 
 

@@ -97,5 +97,3 @@ async def _advance(client: Client, merchant: str, year: Year) -> None:
     payload = {"merchant_id": merchant, "seconds": seconds, "actor": ACTOR}
     result = await client.call(None, "Clock.Advance", payload)
     year.now = datetime.fromisoformat(result["effects"]["now"])
-
-

@@ -161,7 +161,7 @@ class GrantApply(Payload):
     credits: Credits | None = None
     access_period_days: Days | None = None
     justification: Text
-    actor: Id
+    actor: Text
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -179,7 +179,7 @@ class AdjustmentApply(Payload):
     credits_delta: CreditsDelta
     access_period_days: Days | None = None
     justification: Text
-    actor: Id
+    actor: Text
 
     @model_validator(mode="after")
     def _period_of_a_lot(self) -> Self:
@@ -195,7 +195,7 @@ class RefundApply(Payload):
     external_ref: ExternalRef
     amount: Money | None = None
     justification: Text
-    actor: Id
+    actor: Text
 
 
 class ChargebackApply(Payload):
@@ -206,7 +206,7 @@ class ChargebackApply(Payload):
     amount: Money | None = None
     category: OptionalText | None = None
     justification: Text
-    actor: Id
+    actor: Text
 
 
 class ChargebackReverse(Payload):
@@ -214,7 +214,7 @@ class ChargebackReverse(Payload):
 
     dispute_id: Id
     justification: Text
-    actor: Id
+    actor: Text
 
 
 # --- catalog
@@ -245,7 +245,7 @@ class ProductCreate(Payload):
     effective_at: Time | None = None
     archived_at: Time | None = None
     prices: list[Price] = []
-    actor: Id
+    actor: Text
 
     @model_validator(mode="after")
     def _distribution(self) -> Self:
@@ -263,7 +263,7 @@ class ProductArchive(Payload):
 
     product_code: Id
     archived_at: Time | None = None
-    actor: Id
+    actor: Text
 
 
 class ProductPriceCreate(Payload):
@@ -274,7 +274,7 @@ class ProductPriceCreate(Payload):
     currency: Currency
     amount: Money
     effective_at: Time | None = None
-    actor: Id
+    actor: Text
 
     @model_validator(mode="after")
     def _scale(self) -> Self:
@@ -290,7 +290,7 @@ class ProductPriceArchive(Payload):
     currency: Currency
     effective_at: Time | None = None
     archived_at: Time | None = None
-    actor: Id
+    actor: Text
 
 
 class OperationTypeCreateWithArchival(Payload):
@@ -303,7 +303,7 @@ class OperationTypeCreateWithArchival(Payload):
     minimum_charge: Credits = 1
     workflow_type: Id | None = None
     effective_at: Time | None = None
-    actor: Id
+    actor: Text
 
 
 class OperationTypeArchive(Payload):
@@ -312,7 +312,7 @@ class OperationTypeArchive(Payload):
     operation_code: Id
     effective_at: Time | None = None
     archived_at: Time | None = None
-    actor: Id
+    actor: Text
 
 
 # --- merchants
@@ -450,7 +450,7 @@ class MerchantConfigure(Payload):
 
     expected_version: Version | None = None
     config: MerchantConfig
-    actor: Id
+    actor: Text
 
 
 class MerchantRegister(Payload):
@@ -460,7 +460,7 @@ class MerchantRegister(Payload):
     config: MerchantConfig
     partitions: Annotated[int, Field(ge=1, le=64)] = 4
     simulated: bool = False
-    actor: Id
+    actor: Text
 
 
 class ClockAdvance(Payload):
@@ -468,7 +468,7 @@ class ClockAdvance(Payload):
 
     merchant_id: MerchantId
     seconds: Seconds
-    actor: Id
+    actor: Text
 
 
 class MerchantSuspend(Payload):
@@ -476,7 +476,7 @@ class MerchantSuspend(Payload):
 
     merchant_id: MerchantId
     justification: Text
-    actor: Id
+    actor: Text
 
 
 class MerchantResume(Payload):
@@ -484,7 +484,7 @@ class MerchantResume(Payload):
 
     merchant_id: MerchantId
     justification: Text
-    actor: Id
+    actor: Text
 
 
 # --- roles, accounts, documents
@@ -495,7 +495,7 @@ class UserRoleAssign(Payload):
 
     subject: Id
     role: Role
-    actor: Id
+    actor: Text
 
 
 class UserRoleRevoke(Payload):
@@ -503,7 +503,7 @@ class UserRoleRevoke(Payload):
 
     subject: Id
     role: Role
-    actor: Id
+    actor: Text
 
 
 class AccountLock(Payload):
@@ -512,7 +512,7 @@ class AccountLock(Payload):
     user_id: Id
     justification: Text
     until: Time | None = None
-    actor: Id
+    actor: Text
 
 
 class AccountUnlock(Payload):
@@ -520,7 +520,7 @@ class AccountUnlock(Payload):
 
     user_id: Id
     justification: Text
-    actor: Id
+    actor: Text
 
 
 class UserErase(Payload):
@@ -529,7 +529,7 @@ class UserErase(Payload):
     request_id: Id
     user_id: Id
     justification: Text
-    actor: Id
+    actor: Text
 
 
 class ReceiptAttachFiscal(Payload):
@@ -542,7 +542,7 @@ class ReceiptAttachFiscal(Payload):
     register_number: Id | None = None
     qr_url: Url | None = None
     fiscal_at: Time
-    actor: Id
+    actor: Text
 
 
 # --- the system's own jobs

@@ -117,7 +117,7 @@ class Clerk:
     merchant: Merchant
     engine: AsyncEngine
     context: Context
-    claim: Claim = Claim("clerk", 1)
+    claim: Claim = field(default_factory=lambda: Claim("clerk", 1))
     _seen: set[TP] = field(default_factory=set)
 
     async def send(self, command_type: str, payload: Mapping[str, Any], **options: Any) -> dict[str, Any]:

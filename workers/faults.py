@@ -1,14 +1,15 @@
 """Named places in the pipeline where a test can make the process die, hang or raise; inert unless enabled.
 
 ``CREDITS_FAULT=name:action[:count]`` strikes at the count-th pass (default the first) of the named point, once in the
-life of a process. The actions: ``die`` as if killed, ``hang`` for ever, ``raise`` trouble (the surroundings' fault),
-``break`` with a defect (ours).
+life of a process. The actions: ``die`` as if killed, ``hang`` for ever, ``stop`` the process as SIGSTOP does, ``raise``
+trouble (the surroundings' fault), ``break`` with a defect (ours).
 
 ``CREDITS_PLANT=name`` brings one known bug back, so that a test can show that its checks would notice it.
 """
 
 import asyncio
 import os
+import signal
 import sys
 
 POINTS = (
@@ -24,7 +25,7 @@ POINTS = (
     "after_commit",
     "after_publish",
 )
-ACTIONS = ("die", "hang", "raise", "break")
+ACTIONS = ("die", "hang", "stop", "raise", "break")
 
 BUGS = (
     "commit_early",  # offsets are committed before the batch, and an assignment trusts them
@@ -61,17 +62,29 @@ class _Fault:
             os._exit(137)
         if self.action == "hang":
             await asyncio.Event().wait()
+        if self.action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         raise InjectedError(self.name) if self.action == "raise" else InjectedDefectError(self.name)
 
 
-_FAULT = _Fault(os.environ["CREDITS_FAULT"]) if os.environ.get("CREDITS_FAULT") else None
+_fault: _Fault | None = None
 _PLANTED = os.environ.get("CREDITS_PLANT")
+
+
+def enable(setting: str | None) -> None:
+    """Set the fault of this process, none without a setting."""
+    global _fault
+    _fault = _Fault(setting) if setting else None
+
+
+enable(os.environ.get("CREDITS_FAULT"))
 
 
 async def point(name: str) -> None:
     """Pass a named place."""
-    if _FAULT is not None and _FAULT.name == name:
-        await _FAULT.strike()
+    if _fault is not None and _fault.name == name:
+        await _fault.strike()
 
 
 def planted(name: str) -> bool:

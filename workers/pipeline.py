@@ -39,6 +39,7 @@ from workers.transaction import (
     Context,
     Message,
     Plan,
+    RacedError,
     StaleContextError,
     SuspendedError,
     next_offsets,
@@ -74,6 +75,7 @@ class Desk:
     published: dict[TP, int] = field(default_factory=dict)
     noted: dict[TP, int] = field(default_factory=dict)
     known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
+    suspects: set[Position] = field(default_factory=set)  # commands that could not be decided once
     refused_since: float | None = None  # since when another owner keeps this worker from a partition of its own
 
 
@@ -221,6 +223,11 @@ class Pipeline:
         except PoisonError as poison:
             if poison.position in condemned:
                 raise
+            if poison.position not in desk.suspects:
+                # A race that nobody thought of does not repeat; a defect does.
+                desk.suspects.add(poison.position)
+                log.exception("a command is tried again", merchant=desk.merchant.merchant_id, position=poison.position)
+                return await self._apply_all(desk, records, lease, condemned)
             log.exception("a command cannot be decided", merchant=desk.merchant.merchant_id, position=poison.position)
             return await self._apply_all(desk, records, lease, condemned | {poison.position})
         except DefectError:
@@ -256,6 +263,9 @@ class Pipeline:
                 return applied
             except StaleContextError:
                 messages = self._decode(desk.context, records)
+            except RacedError as raced:
+                if not await backoff.wait(raced):
+                    return None
             except LotsNeeded as needed:
                 lots_wanted[needed.account_id] = 8 * lots_wanted.get(needed.account_id, LOTS_AT_FIRST)
             except (PoisonError, LostOwnershipError, SuspendedError):

@@ -8,13 +8,15 @@ out was published already. Commands without a published result are left to the w
 """
 
 import heapq
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from graphlib import TopologicalSorter
-from hashlib import sha256
+from itertools import pairwise, product
+from operator import itemgetter
 from typing import Any
 
 from aiokafka import TopicPartition as TP
@@ -25,10 +27,12 @@ from catalog.sql import fetch
 from ledger.model import Account, LotsNeeded
 from ledger.store import LOTS_AT_FIRST
 from merchants.registry import Merchant
+from receipts.model import Document
 from schemas.canonical import compact_json, format_time
 from schemas.codec import decode_result, parse_time
 from schemas.envelope import DecodeContext, Incoming, decode
 from schemas.errors import Code
+from schemas.events import result_id
 from schemas.topics import parse_input
 from workers import outgoing
 from workers.decide import Desk
@@ -43,6 +47,8 @@ OWNER = "restore"
 SCHEMA = "credits_restore"
 # Numbers by which document effects name what was issued.
 _NUMBERS = ("receipt_number", "credit_note_number")
+
+LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 # The one clock of the service is the database's; found before the built-in one, this stands still where it is put.
 _CLOCK = (
@@ -102,10 +108,16 @@ class Delivery:
     result: Published | None = None
     at: datetime | None = None
     time: int = 0  # record time, never less than that of the record before it in its partition
+    repeats: bool = False  # an outcome that came about before
 
     @property
     def place(self) -> Place:
+        """Return topic, partition and offset."""
         return self.record.topic, self.record.partition, self.record.offset
+
+    def told(self, name: str) -> Any:
+        """Return a member of the result, None if there is none."""
+        return None if self.result is None else self.result.body.get(name)
 
 
 @dataclass
@@ -197,20 +209,20 @@ class Reimposition:
             self.outcome.commands += len(done)
             self.outcome.batches += 1
             self.progress(self.outcome.commands, total)
-        await self._finish(deliveries)
+        await self._finish()
         return self.outcome
 
     async def _prepare(self) -> None:
         async with self.engine.begin() as connection:
             for statement in _CLOCK:
                 await connection.exec_driver_sql(statement)
-            await _set_clock(connection, datetime.fromisoformat("2000-01-01T00:00:00Z"))
+            # The dump may have been taken of a suspended merchant, whose batches are refused.
+            await merchants.store.set_suspended(connection, False)
+            await _set_clock(connection, LONG_AGO)
             state = await merchants.store.read_state(connection)
             config = await merchants.store.read_config(connection, state.config_version)
         merchant = self.merchant
-        self._context = Context(
-            merchant.merchant_id, merchant.secret, merchant.simulated, state.config_version, config
-        )
+        self._context = Context(merchant.merchant_id, merchant.secret, merchant.simulated, state.config_version, config)
 
     # What belongs together
 
@@ -238,7 +250,7 @@ class Reimposition:
             return Delivery(record, None)
         delivery = Delivery(record, (message.source, message.id))
         prints = (message.fingerprint.hex(), message.value_sha256.hex())
-        ids = {outgoing.result_id(self.merchant.merchant_id, *delivery.identity, text) for text in prints}
+        ids = {result_id(self.merchant.merchant_id, message.source, message.id, text) for text in prints}
         candidates = by_command.get((message.source, message.id), [])
         # The configuration decides what can be read, and may have been another one: then the identity must do.
         fitting = [r for r in candidates if r.event_id in ids] or candidates
@@ -316,7 +328,7 @@ class Reimposition:
         """Find the documents that a batch issued: by number where a result names it, corrections by their dispute."""
         documents = self.history.documents
         for item in batch:
-            if item.result is None or "replay_of" in item.result.body:
+            if item.result is None or item.repeats:
                 continue
             effects = item.result.body.get("effects") or {}
             yield from (documents[effects[name]] for name in _NUMBERS if effects.get(name) in documents)
@@ -328,12 +340,9 @@ class Reimposition:
     async def _compare(self, connection: AsyncConnection, batch: Sequence[Delivery], applied: Applied) -> None:
         """Make sure that a batch put out nothing but what was published."""
         unanswered = {item.identity for item in batch if item.result is None}
-        for answer, message in zip(
-            _one_each(applied), outgoing.results(self.merchant.merchant_id, _one_each(applied), applied.accounts),
-            strict=True,
-        ):
-            event_id = dict(message.headers)["ce_id"].decode()
-            published = self._published.get(event_id, [])
+        for answer in applied.answers:
+            message = outgoing.results(self.merchant.merchant_id, [answer], applied.accounts)[0]
+            published = self._published.get(dict(message.headers)["ce_id"].decode(), [])
             if not published and (answer.source, answer.id) in unanswered:
                 raise _DiffersError(f"{answer.row.type} {answer.id} has a result, and none was published")
             if published and all((p.key, p.value) != (message.key, message.value) for p in published):
@@ -355,8 +364,8 @@ class Reimposition:
                 raise _DiffersError(f"{document.kind} {document.number} was not published")
             body = compact_json({n: m for n, m in published.items() if n not in ("user_id", "buyer", "hash")}).decode()
             if body != document.body:
-                digests = (_digest_of(document.body), published.get("buyer_digest"))
-                if None in digests or document.body.replace(*map(str, digests)) != body:
+                made, sealed = _digest_of(document.body), published.get("buyer_digest")
+                if made is None or sealed is None or document.body.replace(made, sealed) != body:
                     raise _DiffersError(_difference(document.number, body.encode(), document.body.encode()))
                 self.outcome.salts_lost.append(document.number)
             to_mend.append((document, body, bytes.fromhex(published["hash"])))
@@ -365,7 +374,7 @@ class Reimposition:
 
     # The end
 
-    async def _finish(self, deliveries: Sequence[Delivery]) -> None:
+    async def _finish(self) -> None:
         """Note how far the database is now, let go of the clock, and make workers forget what they remember of it."""
         offset = max((offset for _, offset in self.history.offsets), default=timedelta(0))
         async with self.engine.begin() as connection:
@@ -380,7 +389,7 @@ class Reimposition:
                 )
             await connection.exec_driver_sql("UPDATE positions SET owner = $1, generation = 0", (OWNER,))
             await connection.exec_driver_sql(
-                "UPDATE merchant_state SET catalog_version = catalog_version + 1000, "
+                "UPDATE merchant_state SET suspended = true, catalog_version = catalog_version + 1000, "
                 "clock_offset = greatest(clock_offset, $1::interval)",
                 (offset,),
             )
@@ -391,10 +400,131 @@ async def _set_clock(connection: AsyncConnection, at: datetime) -> None:
     await fetch(connection, "SELECT set_config('credits.now', $1, true)", format_time(at))
 
 
-def _one_each(applied: Applied) -> list[Any]:
-    return [answer for answer in applied.answers if answer.row.decided_at is not None]
-
-
 def _code(result: Published) -> str | None:
     code: str | None = (result.body.get("error") or {}).get("code")
     return code
+
+
+def _difference(what: str, published: bytes, made: bytes) -> str:
+    """Say where two texts part, without quoting more of them than is needed to find it."""
+    at = next((i for i, (a, b) in enumerate(zip(published, made, strict=False)) if a != b), 0)
+    near = slice(max(0, at - 40), at + 40)
+    return (
+        f"{what}: published …{published[near].decode(errors='replace')}…, made …{made[near].decode(errors='replace')}…"
+    )
+
+
+def _digest_of(body: str) -> str | None:
+    digest: str | None = json.loads(body).get("buyer_digest")
+    return digest
+
+
+async def _mend(connection: AsyncConnection, documents: Sequence[tuple[Document, str, bytes]]) -> None:
+    """Write bodies and hashes as they were published, in spite of the triggers that keep documents as they are."""
+    await connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+    for document, body, digest in documents:
+        values = (document.number, body, digest)
+        await connection.exec_driver_sql("UPDATE documents SET body = $2, hash = $3 WHERE number = $1", values)
+        await connection.exec_driver_sql(
+            "UPDATE document_series SET head = $2 WHERE prefix = $1", (document.prefix, digest)
+        )
+        if body != document.body:
+            await connection.exec_driver_sql("UPDATE buyers SET salt = '' WHERE number = $1", (document.number,))
+    await connection.exec_driver_sql("SET LOCAL session_replication_role = origin")
+
+
+# The order of things
+
+
+def date(deliveries: Sequence[Delivery]) -> None:
+    """Find out when each delivery was decided: its result tells, unless it repeats an older one.
+
+    Repetitions, and commands that still wait, came with what was decided before them in their partition.
+    """
+    told = [(item.result.partition, item.result.offset, item) for item in deliveries if item.result is not None]
+    running: dict[int, datetime] = {}
+    seen: set[str] = set()
+    for partition, _, item in sorted(told, key=itemgetter(0, 1)):
+        assert item.result is not None
+        at = parse_time(item.result.body["applied_at"])
+        item.repeats = item.result.event_id in seen or "replay_of" in item.result.body
+        seen.add(item.result.event_id)
+        if item.result.parked_at is not None:
+            item.at = item.result.parked_at
+            continue
+        item.at = running.get(partition, at) if item.repeats else at
+        running[partition] = max(at, running.get(partition, at))
+    first = min((item.at for item in deliveries if item.at is not None), default=None)
+    latest: dict[TP, datetime | None] = {}
+    for item in deliveries:
+        tp = TP(*item.place[:2])
+        item.at = latest[tp] = item.at or latest.get(tp, first)
+
+
+def batches(deliveries: Sequence[Delivery]) -> list[list[Delivery]]:
+    """Group deliveries by the moment they were decided, the groups in order of time, each in the order of decision."""
+    groups: dict[datetime, list[Delivery]] = defaultdict(list)
+    for item in deliveries:
+        assert item.at is not None
+        groups[item.at].append(item)
+    return [in_order(groups[at]) for at in sorted(groups)]
+
+
+def in_order(batch: Sequence[Delivery]) -> list[Delivery]:
+    """Put a batch into the order in which it was decided, as far as its results show it; else by record time."""
+    sorter: TopologicalSorter[int] = TopologicalSorter(dict.fromkeys(range(len(batch)), ()))
+    for before, after in _precedences(batch):
+        sorter.add(after, before)
+    sorter.prepare()
+    ready: list[tuple[int, Place, int]] = []
+    ordered = []
+    while sorter.is_active():
+        for index in sorter.get_ready():
+            heapq.heappush(ready, (batch[index].time, batch[index].place, index))
+        _, _, index = heapq.heappop(ready)
+        ordered.append(batch[index])
+        sorter.done(index)
+    return ordered
+
+
+def _precedences(batch: Sequence[Delivery]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of which the first was decided before the second."""
+    chains: dict[tuple[str, Any], list[tuple[Any, int]]] = defaultdict(list)
+    by_identity: dict[tuple[str, str], int] = {}
+    for index, item in enumerate(batch):
+        if item.identity is not None:
+            by_identity.setdefault(item.identity, index)
+        if item.result is None:
+            continue
+        # Answers are published in the order of decision, a partition's into one partition.
+        chains["partition", item.result.partition].append((item.result.offset, index))
+        if item.repeats:
+            continue
+        for name in _NUMBERS:
+            number = (item.told("effects") or {}).get(name)
+            if number is not None:
+                series, _, sequence = number.rpartition("-")
+                chains["series", series].append((int(sequence), index))
+        if item.told("user_seq") is not None:
+            chains["user", item.told("user_id")].append((item.told("user_seq"), index))
+    for chain in chains.values():
+        levels: dict[Any, list[int]] = defaultdict(list)
+        for value, index in chain:
+            levels[value].append(index)
+        for low, high in pairwise(sorted(levels)):
+            yield from product(levels[low], levels[high])
+    yield from _references(batch, by_identity)
+
+
+def _references(batch: Sequence[Delivery], by_identity: Mapping[tuple[str, str], int]) -> Iterator[tuple[int, int]]:
+    """Yield (original, repetition or conflict), and for what has no result the delivery before it in its topic."""
+    for index, item in enumerate(batch):
+        named = item.told("replay_of") or ((item.told("error") or {}).get("details") or {}).get("first")
+        if named:
+            original = by_identity.get((named["command_source"], named["command_id"]))
+            if original is not None and original != index:
+                yield original, index
+    places = sorted((item.place, index) for index, item in enumerate(batch))
+    for (before, first), (after, second) in pairwise(places):
+        if before[:2] == after[:2] and batch[second].result is None:
+            yield first, second

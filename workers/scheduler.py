@@ -31,6 +31,7 @@ SOURCE = "/credits/scheduler"
 LOCK_KEY = 7_203_155_002
 PAGE = 1_000
 MERCHANTS_A_SECOND = 10
+LOOK_SECONDS_MAX = 15.0
 INSTANT = timedelta(microseconds=1)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -61,7 +62,8 @@ ORDER BY p.arrived LIMIT $2
 class Scheduler:
     """Passes over all merchants, by one process at a time (an advisory lock in the control database).
 
-    Each merchant is looked at every ``period`` seconds, with many merchants less often: at most ten a second.
+    A merchant is looked at every ``period`` seconds, less and less often while nothing is found, with many merchants
+    at most ten a second: connections are dear.
     """
 
     control: AsyncEngine
@@ -69,6 +71,7 @@ class Scheduler:
     publisher: Publisher
     period: float = 2.0
     errors: int = 0
+    _looks: dict[str, "Look"] = field(default_factory=dict)
     _sent: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
     _partitioned: dict[str, date] = field(default_factory=dict)
 
@@ -89,18 +92,27 @@ class Scheduler:
         async with self.control.connect() as connection:
             if not (await fetch(connection, "SELECT pg_try_advisory_xact_lock($1)", LOCK_KEY))[0][0]:
                 return 0
-            active = [m for m in await merchants.registry.all_merchants(connection) if m.state == "active"]
-            for merchant in active:
-                await self._try(merchant)
-            return len(active)
+            known = await merchants.registry.all_merchants(connection)
+            looked = 0
+            for merchant in known:
+                look = self._looks.setdefault(merchant.merchant_id, Look())
+                if merchant.state == "active" and look.is_due():
+                    look.found(await self._try(merchant) > 0, self.period)
+                    looked += 1
+            return looked
 
-    async def _try(self, merchant: Merchant) -> None:
+    def stir(self, merchant_id: str) -> None:
+        """Look at a merchant soon: something happened there."""
+        self._looks.pop(merchant_id, None)
+
+    async def _try(self, merchant: Merchant) -> int:
         try:
-            await self.send_due(merchant)
+            return await self.send_due(merchant)
         except Exception as error:
             # One merchant's trouble must not keep the others' jobs waiting; the next pass tries again.
             self.errors += 1
             log.warning("jobs are not sent", merchant=merchant.merchant_id, error=repr(error)[:500])
+            return 0
 
     async def send_due(self, merchant: Merchant) -> int:
         """Send all that is due for one merchant, and make its partitions; returns how many commands were sent."""
@@ -133,6 +145,21 @@ class Scheduler:
         sent |= {job.name for job in fresh}
         self._sent[merchant_id] = (hour(now), sent)
         return [job.message(merchant_id, now) for job in fresh]
+
+
+@dataclass(slots=True)
+class Look:
+    """When a merchant is looked at next, by the event loop's clock."""
+
+    at: float = 0.0
+    pause: float = 0.0
+
+    def is_due(self) -> bool:
+        return asyncio.get_running_loop().time() >= self.at
+
+    def found(self, anything: bool, period: float) -> None:
+        self.pause = period if anything else min(max(2 * self.pause, period), LOOK_SECONDS_MAX)
+        self.at = asyncio.get_running_loop().time() + self.pause
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class Service:
         self.publisher = Publisher(settings.kafka_bootstrap_servers, settings.security_kwargs())
         self.writers = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=settings.merchants_max)
         self.readers = Pools(READER_SETTINGS, pool_size=settings.readers, merchants_max=settings.readers_max)
-        self.jobs = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=4)
+        self.jobs = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=16)
         self.control_engine: AsyncEngine = create_engine(
             engine_url(settings.control_database_url), CONTROL_SETTINGS, pool_size=2, max_overflow=2
         )
@@ -95,6 +95,7 @@ class Service:
         )
         self.sampler = Sampler(self.metrics, self.readers, self.merchants, lambda: self.app.state_of_worker.assigned)
         self.pipeline.observers.append(self.metrics.observe)
+        self.pipeline.observers.append(lambda merchant, _: self.scheduler.stir(merchant))
         self.control.observers.append(self.metrics.answered)
         self._tasks: list[asyncio.Task[None]] = []
         self.app: App = create_app(

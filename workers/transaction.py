@@ -44,6 +44,10 @@ class SuspendedError(Exception):
     """The merchant is suspended: its messages stay in their topics."""
 
 
+class RacedError(Exception):
+    """Another worker committed between this batch's reads before its locks and those after: read again."""
+
+
 class StaleContextError(Exception):
     """The merchant's configuration changed since the batch was decoded: decode it again."""
 
@@ -247,7 +251,17 @@ class Batch:
             lots_wanted=self.lots_wanted,
         )
         await self._load_rest(desk, wanted)
+        self._check_for_races(desk)
         return desk
+
+    def _check_for_races(self, desk: Desk) -> None:
+        """Make sure that what was looked up before the locks is what was found after them."""
+        books = desk.books
+        owners = {purchase.account_id for purchase in books.purchases.values()}
+        if not owners <= books.accounts.keys():
+            raise RacedError("a purchase came in")
+        if any(row.result is None and row.identity not in desk.parked for row in desk.inbox.values()):
+            raise RacedError("a command was parked")
 
     async def _candidates(self, wanted: Wanted, identities: list[bytes]) -> list[Parked]:
         """Read, without locks yet, the parked commands that this batch may repeat or release, and what these name."""

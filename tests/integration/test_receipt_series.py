@@ -12,6 +12,7 @@ from decimal import Decimal
 from multiprocessing import get_context
 
 import asyncpg
+import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -29,8 +30,8 @@ from tests.services import Services
 from workers import documents
 
 ISSUES = int(os.environ.get("CREDITS_SERIES_ISSUES", "2000"))
-PROCESSES = 3
-CONNECTIONS = 8
+PROCESSES = 2
+CONNECTIONS = 6
 ABORTED_SHARE = 0.1
 SETTINGS = config(tax_regime="vat", vat_rates=[{"country": "*", "rate": "20"}])
 AMOUNT = Decimal("10.01")
@@ -117,9 +118,10 @@ async def kill_connections(connection: asyncpg.Connection, kills: list[int]) -> 
     """
     while True:
         kills += [1 for row in await connection.fetch(sql, NAME) if row[0]]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.25)
 
 
+@pytest.mark.timeout(3600)
 async def test_no_number_is_missing_or_given_twice(services: Services) -> None:
     url = services.database_url(f"series_{os.getpid()}")
     admin_url = str(engine_url(services.postgres_url).render_as_string(hide_password=False))

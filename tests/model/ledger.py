@@ -171,6 +171,10 @@ class Ledger:
         user_id = self._user_of(kind, payload)
         user = self.users.get(user_id) if user_id is not None else None
         passed = self._let_time_pass(user, kind) if user else {}
+        if kind == "Operation.Open":
+            # Until it is applied; a refusal is final, whatever the reason.
+            refused = {"user_id": payload["user_id"], "state": "refused", "code": payload["operation_code"]}
+            self.operations[payload["operation_id"]] = refused
         try:
             if user and user["erased"] and "user_id" in payload and kind not in ("Lot.Expire", "Operation.Expire"):
                 raise Refused("account_erased")
@@ -385,8 +389,6 @@ class Ledger:
     # Operations
 
     def open(self, p: Dict, case: Dict) -> Dict:
-        operation = {"user_id": p["user_id"], "state": "refused", "code": p["operation_code"]}
-        self.operations[p["operation_id"]] = operation
         rate = self.catalogue.rate(p["operation_code"], self.now)
         user = self.users.get(p["user_id"])
         if user and user["locked"] and (user["until"] is None or self.now < user["until"]):
@@ -398,7 +400,7 @@ class Ledger:
         self._user(p["user_id"])["open"] = p["operation_id"]
         expires = self.now + timedelta(minutes=self.config["operation_timeout_minutes"])
         captured = {name: rate[name] for name in ("unit", "rate", "minimum")}
-        operation |= captured | {"state": "open", "expires": expires, "workflow_id": p.get("workflow_id")}
+        self.operations[p["operation_id"]] |= captured | {"state": "open", "expires": expires, "workflow_id": p.get("workflow_id")}
         shown = {"operation_id": p["operation_id"], "expires_at": expires, "resource_unit": rate["unit"]}
         return shown | {"credits_per_unit": rate["rate"]}
 
@@ -528,7 +530,11 @@ class Ledger:
                 raise Refused("not_due")
             self.parked.remove(waiting)
             user_id = waiting["user_id"]
-            refused = {"outcome": "rejected", "code": "dependency_timeout", "effects": {}, "applied_at": self.now}
+            user = self.users.get(user_id)
+            passed = self._let_time_pass(user, waiting["type"]) if user else {}
+            passed = {name: value for name, value in passed.items() if value}
+            refused: Dict = {"outcome": "rejected", "code": "dependency_timeout", "effects": {}, "applied_at": self.now}
+            refused |= {"time_effects": passed} if passed else {}
             result = self._answer(found, refused | self._figures(user_id))
             self._resolved = [result] * found["deliveries"]
         if found is None or found["result"] is None:

@@ -18,7 +18,16 @@ PRICES = {
     "P7": [("*", "USD", "3.33"), ("*", "JPY", "500")],
 }
 WAITS = (0, 0, 1, 60, 16 * 60, 3600, 86_400, 5 * 86_400, 31 * 86_400)
+CATALOGUE = ("Product", "ProductPrice", "OperationType")
 MINUTE = timedelta(minutes=1)
+# A member of commands without an actor that can be any text.
+FREE = {
+    "Purchase.Settled": "payment_method",
+    "User.SignedUp": "locale",
+    "Operation.Open": "workflow_id",
+    "Operation.RecordAndClose": "workflow_id",
+    "Operation.Cancel": "reason",
+}
 
 
 def wire(at: datetime) -> str:
@@ -86,12 +95,12 @@ class Traffic:
         found: list[dict[str, Any]] = []
         for _ in range(size):
             if self.sent and self.chance(5):
-                found.append(self.again(random.choice(self.sent)))
-                continue
-            kind = self.erasure if self.chance(60) else random.choice(self._kinds)
-            if kind == self.catalogue and any("operation_code" in m["payload"] for m in found):
-                kind = self.adjustment
-            found.append(self.message(*kind()))
+                made = self.again(random.choice(self.sent))
+            else:
+                made = self.message(*(self.erasure if self.chance(150) else random.choice(self._kinds))())
+            if any(made["type"].split(".")[0] == m["type"].split(".")[0] in CATALOGUE for m in found):
+                made = self.message(*self.adjustment())
+            found.append(made)
         self.sent += found
         return found
 
@@ -105,15 +114,14 @@ class Traffic:
         """Repeat a message: as it was, as a new message, or with other content under the same identity or key."""
         payload = dict(message["payload"])
         how = self.random.choice(["same", "same", "new", "new", "other content", "other content of the key"])
-        if "other" in how:
-            changed = next((name for name in ("actor", "workflow_id", "locale") if name in payload), None)
-            payload[changed or "locale"] = "another"
+        if "other" in how and (member := "actor" if "actor" in payload else FREE.get(message["type"])):
+            payload[member] = "another"
         if how in ("same", "other content"):
             return message | {"payload": payload}
         return message | {"payload": payload, "id": f"m-{next(self._ids)}"}
 
     def chance(self, one_in: int) -> bool:
-        return self.random.randrange(one_in) == 0
+        return self.random.randrange(one_in) == one_in // 2  # no end of the range: those are drawn too often
 
     # Commands of users
 
@@ -329,7 +337,8 @@ def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
     """Compare a result of the model with one that was published."""
     assert found["outcome"] == expected["outcome"], (expected, found)
     assert found.get("error", {}).get("code") == expected.get("code"), (expected, found)
-    for name in ("user_seq", "balance", "debt"):
+    # Nothing moved by a conflict; whether its result shows the account's figures is left open.
+    for name in ("user_seq", "balance", "debt") if expected.get("code") != "idempotency_conflict" else ():
         assert found.get(name) == expected.get(name), (name, expected, found)
     if "replay_of" in expected or "replay_of" in found:
         of = found["replay_of"]

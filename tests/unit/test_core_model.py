@@ -61,7 +61,7 @@ class CoreAndModel(RuleBasedStateMachine):
         for name, user in model.users.items():
             compare_user(core, model, name, user)
         states = {key: operation["state"] for key, operation in model.operations.items()}
-        assert states == {key: operation.state for key, operation in core.books.operations.items()}
+        assert {key: operation.state for key, operation in core.books.operations.items()} == states
         assert [document["number"] for document in model.documents] == [d.number for d in core.documents]
         assert {core.account_id(name): role for name, role in model.roles.items()} == core.roles
         assert (model.version, len(model.parked)) == (core.config_version, len(core.parked))

@@ -122,7 +122,6 @@ def test_a_member_of_an_inner_object_named_like_card_data_is_refused() -> None:
         ("Refund.Apply", "external_ref"),
         ("Chargeback.Apply", "external_ref"),
         ("Refund.Apply", "refund_id"),
-        ("Refund.Apply", "actor"),
         ("Receipt.AttachFiscal", "fiscal_number"),
         ("Lot.Expire", "lot_id"),
         ("Command.Resolve", "id"),

@@ -146,6 +146,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         objects.document,
         shapes.ReceiptIssued | shapes.CreditNoteIssued,
         EVERYBODY,
+        (identifier("locale", "The locale of HTML and PDF; by default the buyer's, else the merchant's."),),
         not_found=Code.UNKNOWN_RECEIPT,
     ),
     Endpoint(

@@ -1,12 +1,15 @@
 """In which form a document is answered: JSON, or what a renderer makes of it."""
 
+from hashlib import sha256
+
 from aiohttp import web
 
+from receipts.render import HTML_POLICY
 from schemas.canonical import compact_json
 from workers.web.calls import Call, Shown
 from workers.web.objects import RENDERERS
 
-JSON = "application/json"
+JSON, HTML, PDF = "application/json", "text/html", "application/pdf"
 
 
 def preferred(accept: str, offered: list[str]) -> str:
@@ -36,8 +39,28 @@ def _covers(name: str, media_type: str) -> bool:
 
 
 async def respond(request: web.Request, call: Call, document: Shown, tag: str) -> web.Response:
-    """Answer with a document in the form asked for."""
+    """Answer with a document in the form asked for; ``tag`` is the ETag of its JSON."""
     media_type = preferred(request.headers.get("Accept", "*/*"), [JSON, *RENDERERS])
     render = RENDERERS.get(media_type)
-    body = compact_json(document) if render is None else await render(call, document)
-    return web.Response(body=body, content_type=media_type, headers={"ETag": tag, "Vary": "Accept"})
+    if render is None:
+        body = compact_json(document)
+    else:
+        # Besides the document it shows what was attached and credited since, in a locale.
+        body = await render(call, document)
+        tag = f'W/"{sha256(body).hexdigest()[:24]}"'
+    headers = {"ETag": tag, "Vary": "Accept"}
+    if tag in given_tags(request):
+        return web.Response(status=304, headers=headers)
+    if media_type == HTML:
+        headers["Content-Security-Policy"] = f"{HTML_POLICY}; frame-ancestors 'none'"
+    if media_type == PDF:
+        headers["Content-Disposition"] = f'inline; filename="{document["number"]}.pdf"'
+    return web.Response(
+        body=body, content_type=media_type, charset="utf-8" if media_type == HTML else None, headers=headers
+    )
+
+
+def given_tags(request: web.Request) -> set[str]:
+    """Return the tags of If-None-Match, as weak ones."""
+    header = request.headers.get("If-None-Match", "")
+    return {"W/" + tag.strip().removeprefix("W/") for tag in header.split(",")}

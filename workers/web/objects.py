@@ -1,12 +1,15 @@
 """Answers about a merchant's objects: catalogue, documents, operations, purchases, results of commands."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import catalog.queries
 import ledger.queries
 import receipts.queries
 from ledger.model import account_id_of
+from receipts.render import render_html, render_pdf
 from schemas.codec import parse_time
 from schemas.errors import Code
 from schemas.topics import input_topic
@@ -16,9 +19,6 @@ from workers.web.calls import Call, Shown
 from workers.web.problems import problem
 
 Renderer = Callable[[Call, Shown], Awaitable[bytes]]
-
-RENDERERS: dict[str, Renderer] = {}
-"""How a document is rendered, by media type, besides ``application/json``: asked for with Accept."""
 
 
 def own_account(call: Call) -> int | None:
@@ -82,6 +82,20 @@ async def document(call: Call) -> Shown:
 
 async def document_status(call: Call) -> Shown:
     return await receipts.queries.standing(call.connection, await document(call))
+
+
+async def _rendered(render: Callable[..., bytes], call: Call, shown: Shown) -> bytes:
+    standing = await receipts.queries.standing(call.connection, shown)
+    status = standing["status"] if shown["kind"] == "receipt" else None
+    # Milliseconds of computing, which the loop has not.
+    return await asyncio.to_thread(render, shown, call.query.get("locale"), standing["fiscal_receipts"], status)
+
+
+RENDERERS: dict[str, Renderer] = {
+    "text/html": partial(_rendered, render_html),
+    "application/pdf": partial(_rendered, render_pdf),
+}
+"""How a document is rendered, by media type, besides ``application/json``: asked for with Accept."""
 
 
 # Operations

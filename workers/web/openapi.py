@@ -1,7 +1,4 @@
-"""The OpenAPI document of the queries, made from the table of endpoints.
-
-``python -m workers.web.openapi`` writes it, and the AsyncAPI document, to ``docs/``.
-"""
+"""The OpenAPI document of the queries, made from the table of endpoints."""
 
 import json
 from collections.abc import Mapping
@@ -198,14 +195,3 @@ def texts() -> dict[Path, str]:
     """Return the text of every generated document by its path."""
     made = {"openapi.json": document(), "asyncapi.json": asyncapi()}
     return {DOCS / name: json.dumps(value, indent=2, ensure_ascii=False) + "\n" for name, value in made.items()}
-
-
-def main() -> None:
-    """Write the documents that differ."""
-    for path, text in texts().items():
-        if not path.exists() or path.read_text("utf-8") != text:
-            path.write_text(text, "utf-8")
-
-
-if __name__ == "__main__":
-    main()

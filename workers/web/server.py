@@ -263,10 +263,10 @@ class Server:
             if call.owner is not None:
                 shown["as_of"] = call.cut.as_object()
         tag = entity_tag(shown, call)
-        if tag in given_tags(request):
-            return web.Response(status=304, headers={"ETag": tag})
         if endpoint.name == "getReceipt":
             return await negotiation.respond(request, call, shown, tag)
+        if tag in negotiation.given_tags(request):
+            return web.Response(status=304, headers={"ETag": tag})
         return web.Response(body=compact_json(shown), content_type="application/json", headers={"ETag": tag})
 
     # About the process
@@ -327,9 +327,3 @@ def entity_tag(shown: Mapping[str, Any], call: Call) -> str:
         lasting["balance"] = {name: value for name, value in nested.items() if name != "as_of"}
     digest = sha256(compact_json([lasting, "next_cursor" in shown])).hexdigest()[:24]
     return f'W/"{call.cut.user_seq}-{digest}"'
-
-
-def given_tags(request: web.Request) -> set[str]:
-    """Return the tags of If-None-Match, as weak ones."""
-    header = request.headers.get("If-None-Match", "")
-    return {"W/" + tag.strip().removeprefix("W/") for tag in header.split(",")}

@@ -415,7 +415,7 @@ class Export(TypedDict):
     entries: list[Entry]
     operations: list[Operation]
     purchases: list[Purchase]
-    documents: list[Receipt | CreditNote]
+    documents: Annotated[list[Receipt | CreditNote], "All documents, in order of issue."]
     commands: Annotated[list[dict[str, Any]], "The results of the commands that made all this."]
     parked_commands: list[ParkedCommand]
     as_of: AsOf

@@ -1,0 +1,162 @@
+"""The table, `.credits/bench.json` and the charts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.figures import ratio
+from bench.scenarios import ROOT, SCENARIOS
+from bench.service import Served
+
+FILE = ROOT / ".credits" / "bench.json"
+CHART = ROOT / "docs" / "performance"
+GROWTH_CHART = ROOT / "docs" / "performance-growth"
+
+SERVICE, BASELINE, LIMIT = "#2a6f97", "#c1666b", "#b8b8b8"
+Line = dict[str, Any]
+
+
+def line(served: Served, plain: float | None, plain_parallel: float | None, limit: float | None) -> Line:
+    """Return what `bench.json` has of a scenario."""
+    speed = served.commands_per_second
+    return {
+        "commands_per_second": round(speed),
+        "commands_per_second_min": round(min(served.rates)),
+        "p50_ms": served.p50_ms,
+        "p99_ms": served.p99_ms,
+        "at_commands_per_second": round(served.at_rate),
+        "ratio_to_baseline": ratio(speed, plain),
+        "ratio_to_parallel_baseline": ratio(speed, plain_parallel),
+        "ratio_to_postgres_limit": ratio(speed, limit),
+        "baseline_per_second": plain and round(plain),
+        "parallel_baseline_per_second": plain_parallel and round(plain_parallel),
+        "postgres_limit_per_second": limit and round(limit),
+        "commands": served.commands,
+        "repetitions": len(served.rates),
+        "cores": served.cores,
+    }
+
+
+def targets(lines: dict[str, Line], idle: float | None) -> list[tuple[str, str, bool]]:
+    """Return each target that this run can tell of: what, the figure, whether it is met."""
+    told: list[tuple[str, str, bool]] = []
+
+    def tell(what: str, name: str, key: str, least: float | None = None, most: float | None = None) -> None:
+        value = lines.get(name, {}).get(key)
+        if value is not None:
+            met = (least is None or value >= least) and (most is None or value <= most)
+            told.append((what, f"{value:,}", met))
+
+    tell("many users: at least 10,000 commands/s", "many_users", "commands_per_second", 10_000)
+    tell("many users: at least 20 times the plain worker", "many_users", "ratio_to_baseline", 20)
+    tell("many users: at least half of PostgreSQL's limit", "many_users", "ratio_to_postgres_limit", 0.5)
+    tell("one hot user: at least 5,000 commands/s", "hot_user", "commands_per_second", 5_000)
+    tell("many users: p99 at half load at most 250 ms", "many_users", "p99_ms", most=250)
+    tell("purchases with receipts: at least 3,000/s", "purchases", "commands_per_second", 3_000)
+    if "merchants_1" in lines and "merchants_100" in lines:
+        share = ratio(lines["merchants_100"]["commands_per_second"], lines["merchants_1"]["commands_per_second"])
+        told.append(("100 merchants: at least 60 % of one", str(share), (share or 0) >= 0.6))
+    if idle is not None:
+        told.append(("Faust without work, records/s", f"{round(idle):,}", True))
+    return told
+
+
+def table(lines: dict[str, Line]) -> Table:
+    """Return the table of a run."""
+    shown = Table(title="Commands applied, committed and answered", title_justify="left", header_style="bold")
+    shown.add_column("scenario")
+    heads = ("commands/s", "p50 ms", "p99 ms", "× plain", "× plain, parallel", "of PostgreSQL", "worker/PG/Kafka/others")
+    for head in heads:
+        shown.add_column(head, justify="right")
+    for name, one in lines.items():
+        cores = "/".join(f"{one['cores'].get(part, 0):.2f}" for part in ("worker", "PostgreSQL", "Kafka", "others"))
+        shown.add_row(
+            SCENARIOS[name].title,
+            f"{one['commands_per_second']:,}",
+            f"{one['p50_ms']:.0f}",
+            f"{one['p99_ms']:.0f}",
+            _times(one["ratio_to_baseline"]),
+            _times(one["ratio_to_parallel_baseline"]),
+            "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
+            cores,
+        )
+    return shown
+
+
+def _times(number: float | None) -> str:
+    return "" if number is None else f"{number:.1f}"
+
+
+def save(document: dict[str, Any]) -> None:
+    """Write `.credits/bench.json`; parts that this run did not measure stay as they were."""
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(json.dumps(known | document, indent=1) + "\n")
+
+
+def show(console: Console, lines: dict[str, Line], idle: float | None) -> None:
+    """Print the table and the targets."""
+    console.print(table(lines))
+    for what, figure, met in targets(lines, idle):
+        console.print(f"[{'green' if met else 'red'}]{'✓' if met else '✗'}[/] {what}: {figure}", highlight=False)
+
+
+def chart(lines: dict[str, Line]) -> None:
+    """Draw docs/performance.png and .svg: the service between the plain worker and PostgreSQL's limit."""
+    plt = _pyplot()
+    names = [name for name in SCENARIOS if name in lines][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.75 * len(names) + 1.6), layout="constrained")
+    bars = (
+        ("PostgreSQL's limit", "postgres_limit_per_second", LIMIT),
+        ("this service", "commands_per_second", SERVICE),
+        ("plain worker, one transaction per message", "baseline_per_second", BASELINE),
+    )
+    for place, (label, key, colour) in enumerate(bars):
+        values = [lines[name].get(key) or 0 for name in names]
+        drawn = axes.barh([i + 0.27 * (1 - place) for i in range(len(names))], values, 0.25, label=label, color=colour)
+        axes.bar_label(drawn, [f"{value:,}" if value else "" for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(names)), [SCENARIOS[name].title for name in names])
+    axes.set_xlabel("commands applied, committed and answered a second")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    _write(plt, figure, CHART)
+
+
+def growth_chart(points: list[dict[str, Any]]) -> None:
+    """Draw docs/performance-growth.png and .svg: what grows with the number of entries, against the empty start."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    series = (("throughput", "commands_per_second", SERVICE), ("balance p99", "balance_p99_ms", BASELINE))
+    series = (*series, ("ledger page p99", "ledger_p99_ms", "#6a994e"), ("lots p99", "lots_p99_ms", "#bc8a3d"))
+    entries = [point["entries"] / 1e6 for point in points]
+    for label, key, colour in series:
+        first = points[0][key]
+        axes.plot(entries, [100 * point[key] / first for point in points], marker="o", label=label, color=colour)
+    axes.axhspan(85, 115, color="#eeeeee", zorder=0)
+    axes.set(xlabel="million entries", ylabel="% of the empty ledger", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    _write(plt, figure, GROWTH_CHART)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    # The same figures give the same bytes.
+    mpl.rcParams["svg.hashsalt"] = "bench"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _write(plt: Any, figure: Any, stem: Path) -> None:
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+        figure.savefig(stem.with_suffix(suffix), dpi=140, metadata=metadata)
+    plt.close(figure)
+
+

@@ -1,0 +1,173 @@
+"""The whole transaction of a batch on a real PostgreSQL against the reference model: results, tables, audit."""
+
+import os
+import random
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+import ledger.store
+from catalog.sql import fetch
+from ledger.model import account_id_of, entry_id_of
+from merchants.schema import migrate
+from tests import builders
+from tests.builders import Clerk, Record, clerk, merchant
+from tests.core import config
+from tests.model.ledger import Ledger
+from tests.model.traffic import WAITS, Traffic, compare, first_catalogue
+from tests.services import Services
+from workers.audit import verify
+
+HISTORIES = 4
+STEPS = int(os.environ.get("POSTGRES_STEPS", "200")) // HISTORIES
+SEED = int(os.environ.get("HYPOTHESIS_SEED", random.SystemRandom().randrange(2**32)))
+SIZE_MAX = 12
+
+
+@pytest_asyncio.fixture(scope="module")
+async def control_url(services: Services) -> AsyncIterator[str]:
+    url = services.database_url("model_control")
+    await migrate(url)
+    yield url
+
+
+class Comparison:
+    """One merchant's database and a model of it, both given the same traffic."""
+
+    def __init__(self, clerk: Clerk, chosen: random.Random) -> None:
+        self.clerk = clerk
+        self.random = chosen
+        self.secret = clerk.merchant.secret
+        self.model = Ledger(config(), lambda user_id, seq: entry_id_of(self.account_id(user_id), seq))
+        self.traffic = Traffic(self.model, config())
+        self.offset = timedelta(0)
+
+    def account_id(self, user_id: str) -> int:
+        return account_id_of(user_id, self.secret)
+
+    async def rows(self, sql: str) -> list[Any]:
+        async with self.clerk.engine.connect() as connection:
+            return [tuple(row) for row in await fetch(connection, sql)]
+
+    async def wait(self, seconds: int) -> None:
+        """Move the merchant's clock, as it is moved for a simulated one."""
+        self.offset += timedelta(seconds=seconds)
+        async with self.clerk.engine.begin() as connection:
+            sql = "UPDATE merchant_state SET clock_offset = make_interval(secs => $1)"
+            await connection.exec_driver_sql(sql, (self.offset.total_seconds(),))
+
+    async def step(self) -> None:
+        await self.wait(self.random.choice(WAITS))
+        size = self.random.randint(1, SIZE_MAX)
+        await self.send(self.traffic.batch(self.random, datetime.now(UTC) + self.offset, size))
+
+    async def send(self, messages: list[dict[str, Any]]) -> None:
+        records = [self.record(message) for message in messages]
+        results = await self.clerk.apply(*records)
+        now = await self.newest()
+        expected: dict[Any, list[dict[str, Any]]] = {}
+        for message in messages:
+            for result in self.model.deliver(message, now):
+                expected.setdefault(result["of"], []).append(result)
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for result in results:
+            found.setdefault((result["command_source"], result["command_id"]), []).append(result)
+        assert found.keys() == expected.keys()
+        for of, wanted in expected.items():
+            # A result waits here for as many deliveries as asked for it; the publisher repeats it for each.
+            for one, result in zip(wanted, found[of], strict=False):
+                compare(one, result)
+        await self.compare_state()
+        if self.random.randrange(4) == 0:
+            await self.redeliver(records)
+
+    async def redeliver(self, records: list[Record]) -> None:
+        """Deliver a batch again at its own positions, as after a crash: the same answers, and nothing moves."""
+        for result in await self.clerk.apply(*records):
+            known = self.model.seen[result["command_source"], result["command_id"]]["result"]
+            if result.get("error", {}).get("code") != "idempotency_conflict":
+                compare(known, result)
+        await self.compare_state()
+
+    def record(self, message: dict[str, Any]) -> Record:
+        real = datetime.now(UTC) - message.get("late_by", timedelta(0))
+        made = builders.command(
+            message["type"],
+            message["payload"],
+            message["source"],
+            message["id"],
+            merchant_id=self.clerk.merchant.merchant_id,
+            at=real,
+        )
+        taken = datetime.fromtimestamp(0, UTC) + timedelta(milliseconds=made.timestamp)
+        # The repetition of a message has a record time of its own.
+        message["record_time"] = taken + self.offset
+        return made
+
+    async def newest(self) -> datetime:
+        """Return the moment of the last batch that decided anything."""
+        sql = "SELECT greatest((SELECT max(decided_at) FROM inbox), (SELECT max(parked_at) FROM parked))"
+        now: datetime = (await self.rows(sql))[0][0]
+        return now
+
+    async def compare_state(self) -> None:
+        model = self.model
+        sql = "SELECT account_id, user_id, balance, debt, open_operation, erased_at IS NOT NULL FROM accounts"
+        accounts = {row[0]: row for row in await self.rows(sql)}
+        assert {self.account_id(name) for name in model.users} == accounts.keys()
+        told = await self.by_account("entries", "user_seq, amount, reason, created_at, effective_at")
+        lots = await self.by_account("lots", "user_seq, credits, remaining, expires_at, purchase")
+        paid = await self.by_account("allocations", "entry_seq, lot_seq, at_seq, credits")
+        for name, user in model.users.items():
+            account_id = self.account_id(name)
+            user["tombstone"] = accounts[account_id][1] if user["erased"] else ""
+            figures = (model.balance(user), model.debt(user), user["open"], user["erased"])
+            assert accounts[account_id][2:] == figures
+            assert told.get(account_id, []) == [
+                (e["seq"], e["amount"], e["reason"], e["at"], e.get("effective", e["at"])) for e in user["entries"]
+            ]
+            assert lots.get(account_id, []) == [
+                (lot["seq"], lot["credits"], model.remaining(user, lot), lot["expires"], lot["purchase"])
+                for lot in user["lots"]
+            ]
+            expected = sorted((a["entry"], a["lot"], a["at"], a["credits"]) for a in user["allocations"])
+            assert paid.get(account_id, []) == expected
+        await self.compare_rest()
+
+    async def compare_rest(self) -> None:
+        model = self.model
+        states = {key: operation["state"] for key, operation in model.operations.items()}
+        assert dict(await self.rows("SELECT operation_id, state FROM operations")) == states
+        numbers = {document["number"] for document in model.documents}
+        assert {row[0] for row in await self.rows("SELECT number FROM documents")} == numbers
+        roles = {self.account_id(name): role for name, role in model.roles.items()}
+        assert dict(await self.rows("SELECT account_id, role FROM user_roles")) == roles
+        counts = await self.rows("SELECT (SELECT config_version FROM merchant_state), (SELECT count(*) FROM parked)")
+        assert counts == [(model.version, len(model.parked))]
+
+    async def by_account(self, table: str, columns: str) -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {}
+        for row in await self.rows(f"SELECT account_id, {columns} FROM {table} ORDER BY account_id, 2, 3, 4"):
+            found.setdefault(row[0], []).append(row[1:])
+        return found
+
+
+@pytest.mark.parametrize("history", range(HISTORIES))
+async def test_the_database_and_the_model_agree_after_every_batch(
+    control_url: str, history: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print(f"HYPOTHESIS_SEED={SEED} POSTGRES_STEPS={STEPS * HISTORIES}, history {history}")
+    # So few that batches often have to ask for more.
+    monkeypatch.setattr(ledger.store, "LOTS_AT_FIRST", 2)
+    made = await merchant(control_url, f"model-{history}", simulated=True, **config(), vat_rates=[])
+    async with clerk(made) as at_work:
+        comparison = Comparison(at_work, random.Random(SEED + history))
+        comparison.traffic.random, comparison.traffic.now = comparison.random, datetime.now(UTC)
+        await comparison.send([comparison.traffic.message(*command) for command in first_catalogue()])
+        for _ in range(STEPS):
+            await comparison.step()
+        report = await verify(at_work.engine)
+        assert report.ok, report.as_object()
