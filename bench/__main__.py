@@ -31,10 +31,21 @@ def main(
     """Measure the service on a stack of its own: about 20 minutes, with --quick 6."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     extent = service.QUICK if quick else service.FULL
-    asyncio.run(_measure(Ground(workers=workers, batch_max=batch), only.split(","), extent, compare=compare, growth=entries if growth else 0, startup=startup))
+    asyncio.run(
+        _measure(
+            Ground(workers=workers, batch_max=batch),
+            only.split(","),
+            extent,
+            compare=compare,
+            growth=entries if growth else 0,
+            startup=startup,
+        )
+    )
 
 
-async def _measure(ground: Ground, names: list[str], extent: service.Extent, *, compare: bool, growth: int, startup: bool) -> None:
+async def _measure(
+    ground: Ground, names: list[str], extent: service.Extent, *, compare: bool, growth: int, startup: bool
+) -> None:
     began = time.monotonic()
     try:
         with console.status("Starting a stack") as status:
@@ -50,7 +61,9 @@ async def _measure(ground: Ground, names: list[str], extent: service.Extent, *, 
     console.print(f"{(time.monotonic() - began) / 60:.1f} minutes; the figures are in {report.FILE}", highlight=False)
 
 
-async def _scenarios(ground: Ground, scenarios: list[Scenario], extent: service.Extent, status: Status, *, compare: bool) -> None:
+async def _scenarios(
+    ground: Ground, scenarios: list[Scenario], extent: service.Extent, status: Status, *, compare: bool
+) -> None:
     document: dict[str, Any] = {"machine": await machine.facts(ground)}
     lines: dict[str, report.Line] = {}
     idle = None

@@ -1,4 +1,4 @@
-"""The plain worker to compare with: one message, one transaction, as one writes it first (``python -m bench.baseline``).
+"""The plain worker to compare with, as one writes it first: a transaction a message (``python -m bench.baseline``).
 
 It is meant to be good of its kind: prepared statements, no ORM, no statement that is not needed, results sent
 without waiting for each one, offsets committed for groups. It checks far less than the service does (no rates, no
@@ -68,7 +68,8 @@ INSERT INTO accounts (account_id, user_id, last_seq, balance, debt, head, create
 VALUES ($1, $2, 0, 0, 0, $3, clock_timestamp()) ON CONFLICT DO NOTHING
 """
 _LOT = """
-INSERT INTO lots (account_id, user_seq, credits, remaining, reason, product_code, purchase, issued_at, expires_at, spent)
+INSERT INTO lots (account_id, user_seq, credits, remaining, reason, product_code, purchase, issued_at, expires_at,
+    spent)
 VALUES ($1, $2, $3, $3, 'purchase', $4, $5, $6, $7, false)
 """
 _NUMBER = """
@@ -125,6 +126,7 @@ async def apply(connection: asyncpg.Connection, record: Record, secret: bytes) -
         if account is None:
             await connection.execute(_NEW_ACCOUNT, account_id, members["user_id"], bytes(32))
             account = await connection.fetchrow(_LOCK, account_id)
+        assert account is not None
         result = {
             "command_id": headers["ce_id"].decode(),
             "command_source": headers["ce_source"].decode(),
@@ -179,6 +181,7 @@ async def _open(connection: asyncpg.Connection, record: Record, given: Given) ->
 async def _close(connection: asyncpg.Connection, record: Record, given: Given) -> Answer:
     members, account, now = given.members, given.account, given.account["now"]
     operation = await connection.fetchrow(_FIND, members["operation_id"])
+    assert operation is not None
     assert operation["state"] == "open"
     amount = Decimal(members["resource_amount"])
     credits = -int(-amount * operation["credits_per_unit"] // 1)
@@ -208,15 +211,14 @@ async def _settle(connection: asyncpg.Connection, record: Record, given: Given) 
     price, reference, credits = members["pricing_snapshot"], members["external_ref"], 100
     seq, balance = account["last_seq"] + 1, account["balance"] + credits
     series = await connection.fetchrow(_NUMBER)
+    assert series is not None
     number = f"R-{series['year']}-{series['number']:04d}"
     given.result["effects"] = {"credits": credits, "receipt_number": number}
     given.result.update({"user_seq": seq, "balance": balance})
     if stored := await _claim(connection, record, given, reference):
         return stored
     expires_at, amount = now + timedelta(days=90), Decimal(price["amount"])
-    await connection.execute(
-        _LOT, given.account_id, seq, credits, members["product_code"], reference, now, expires_at
-    )
+    await connection.execute(_LOT, given.account_id, seq, credits, members["product_code"], reference, now, expires_at)
     head = sha256(account["head"] + (record.value or b"")).digest()
     what = ("purchase", members["payment_method"], amount, price["currency"], None, None)
     await connection.execute(_ENTRY, given.account_id, seq, credits, *what, given.command, now, balance, head)

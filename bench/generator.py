@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import murmur2
@@ -66,7 +67,7 @@ class Sender:
 
     def __init__(self, producer: AIOKafkaProducer) -> None:
         self._producer = producer
-        self._batches: dict[tuple[str, int], object] = {}
+        self._batches: dict[tuple[str, int], Any] = {}
         self._sent: list[asyncio.Future[object]] = []
 
     async def add(self, topic: str, partition: int, command: Command) -> None:
@@ -87,7 +88,7 @@ class Sender:
             assert batch.append(key=key, value=command.value, timestamp=None, headers=headers) is not None
         self._batches[place] = batch
 
-    async def _send(self, place: tuple[str, int], batch: object) -> None:
+    async def _send(self, place: tuple[str, int], batch: Any) -> None:
         topic, partition = place
         self._sent.append(await self._producer.send_batch(batch, topic, partition=partition))
 

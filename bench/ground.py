@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 import psutil
@@ -24,7 +24,7 @@ from merchants.schema import migrate
 from schemas.topics import CONTROL, CONTROL_RESULTS, results_topic
 
 Offsets = dict[TopicPartition, int]
-Record = ConsumerRecord[bytes | None, bytes | None]
+Record: TypeAlias = ConsumerRecord[bytes | None, bytes | None]
 
 FOLDER = ROOT / ".credits" / "bench"
 POLL_SECONDS = 1.0
@@ -79,7 +79,9 @@ class Ground:
     # Workers
 
     @asynccontextmanager
-    async def serving(self, merchants: Sequence[str], environment: Mapping[str, str] | None = None) -> AsyncIterator[None]:
+    async def serving(
+        self, merchants: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> AsyncIterator[None]:
         """Run workers that serve only these merchants; their registration may come later."""
         names = [f"worker-{number + 1}" for number in range(self.workers)]
         env = {
@@ -144,7 +146,9 @@ class Ground:
 
     # Load
 
-    async def generate(self, scenario: Scenario, merchants: Sequence[str], count: int, run: str, rate: float | None = None) -> float:
+    async def generate(
+        self, scenario: Scenario, merchants: Sequence[str], count: int, run: str, rate: float | None = None
+    ) -> float:
         """Send commands from a process of its own; returns the seconds it took."""
         spec = generator.Spec(self.bootstrap_servers, scenario.name, list(merchants), count, run, rate)
         return await asyncio.to_thread(generator.run, spec)
@@ -157,7 +161,9 @@ class Ground:
         async with self._consumer(tps) as consumer:
             return dict(await consumer.end_offsets(tps))
 
-    async def wait(self, starts: Offsets, count: int, limit_seconds: float, *, poll_seconds: float = POLL_SECONDS) -> Offsets:
+    async def wait(
+        self, starts: Offsets, count: int, limit_seconds: float, *, poll_seconds: float = POLL_SECONDS
+    ) -> Offsets:
         """Wait until so many records came behind the starts; returns where the partitions end then."""
         deadline = time.monotonic() + limit_seconds
         async with self._consumer(list(starts)) as consumer:

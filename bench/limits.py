@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bench.ground import Ground, results_topics
 from bench.scenarios import Scenario
 from bench.service import merchants_of
 from catalog.sql import update_sql
+from console.processes import free_port
 from ledger import tables
 from ledger.store import ACCOUNT_STATE, LOT_STATE, OPERATION_STATE
 from merchants.registry import TEMPLATE_DATABASE, quoted
@@ -42,7 +42,10 @@ async def plain(ground: Ground, scenario: Scenario, count: int, tasks: int) -> f
     await ground.generate(scenario, merchants, count, f"plain{tasks}")
     spec = baseline.Spec(
         ground.bootstrap_servers,
-        {merchant: (ground.database_url(merchant), secret.hex()) for merchant, secret in await _secrets(ground, merchants)},
+        {
+            merchant: (ground.database_url(merchant), (await secret_of(ground, merchant)).hex())
+            for merchant in merchants
+        },
         [(tp.topic, tp.partition, offset) for tp, offset in begin.items()],
         count,
         tasks,
@@ -54,11 +57,12 @@ async def plain(ground: Ground, scenario: Scenario, count: int, tasks: int) -> f
     return rate(answers.times.values())
 
 
-async def _secrets(ground: Ground, merchants: Sequence[str]) -> list[tuple[str, bytes]]:
+async def secret_of(ground: Ground, merchant: str) -> bytes:
+    """Read a merchant's secret, which account ids are made with."""
     connection = await asyncpg.connect(ground.control_url)
     try:
-        sql = "SELECT merchant_id, secret FROM merchants WHERE merchant_id = ANY($1::text[])"
-        return [(row[0], row[1]) for row in await connection.fetch(sql, list(merchants))]
+        secret: bytes = await connection.fetchval("SELECT secret FROM merchants WHERE merchant_id = $1", merchant)
+        return secret
     finally:
         await connection.close()
 
@@ -112,10 +116,8 @@ class Copied:
 async def bare(ground: Ground, scenario: Scenario, run: str) -> float:
     """Return the commands a second at which PostgreSQL takes the rows of a drain, in the very same batches."""
     merchants = merchants_of(scenario)
-    work = []
     try:
-        for merchant in merchants:
-            work.append((await _copy_database(ground, merchant, run), await _batches(ground, merchant, run)))
+        work = [(await _copy_database(ground, m, run), await _batches(ground, m, run)) for m in merchants]
         waiting = iter(work)
         began = time.perf_counter()
         await asyncio.gather(*(_write_all(ground, waiting) for _ in range(min(PARALLEL, len(work)))))
@@ -223,7 +225,7 @@ async def idle_faust(ground: Ground, scenario: Scenario, group: str) -> float:
         **ground.stack.endpoints.environment(),
         "CREDITS_GROUP": group,
         "CREDITS_BATCH_MAX": str(ground.batch_max),
-        "CREDITS_WEB_PORT": "0",
+        "CREDITS_WEB_PORT": str(free_port()),
     }
     done = await asyncio.to_thread(
         subprocess.run,

@@ -85,12 +85,21 @@ class Processors:
     def _read(self) -> dict[str, float]:
         return {name: sum(map(_cpu_seconds, pids)) for name, pids in self._ground.pids().items()}
 
+    def seconds(self) -> dict[str, float]:
+        """Return the processor time of each part since the start."""
+        return {name: max(0.0, now - self._used[name]) for name, now in self._read().items()}
+
     def cores(self) -> dict[str, float]:
         """Return the cores that each part used on average since the start, and `others`, programs not ours."""
         seconds = time.monotonic() - self._began
-        used = {name: max(0.0, now - self._used[name]) / seconds for name, now in self._read().items()}
+        used = {name: spent / seconds for name, spent in self.seconds().items()}
         used["others"] = max(0.0, (_busy_seconds() - self._busy) / seconds - sum(used.values()))
         return {name: round(cores, 2) for name, cores in used.items()}
+
+
+def memory_mib(pids: list[int]) -> int:
+    """Return the resident memory of processes together."""
+    return round(sum(psutil.Process(pid).memory_info().rss for pid in pids) / 2**20)
 
 
 def _busy_seconds() -> float:

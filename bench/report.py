@@ -37,6 +37,8 @@ def line(served: Served, plain: float | None, plain_parallel: float | None, limi
         "commands": served.commands,
         "repetitions": len(served.rates),
         "cores": served.cores,
+        "cpu_us_per_command": served.cpu_us,
+        "worker_memory_mib": served.memory_mib,
     }
 
 
@@ -59,6 +61,7 @@ def targets(lines: dict[str, Line], idle: float | None) -> list[tuple[str, str, 
     if "merchants_1" in lines and "merchants_100" in lines:
         share = ratio(lines["merchants_100"]["commands_per_second"], lines["merchants_1"]["commands_per_second"])
         told.append(("100 merchants: at least 60 % of one", str(share), (share or 0) >= 0.6))
+    tell("a worker for 100 merchants: at most 300 MiB", "merchants_100", "worker_memory_mib", most=300)
     if idle is not None:
         told.append(("Faust without work, records/s", f"{round(idle):,}", True))
     return told
@@ -68,7 +71,16 @@ def table(lines: dict[str, Line]) -> Table:
     """Return the table of a run."""
     shown = Table(title="Commands applied, committed and answered", title_justify="left", header_style="bold")
     shown.add_column("scenario")
-    heads = ("commands/s", "p50 ms", "p99 ms", "× plain", "× plain, parallel", "of PostgreSQL", "worker/PG/Kafka/others")
+    heads = (
+        "commands/s",
+        "p50 ms",
+        "p99 ms",
+        "× plain",
+        "× plain, parallel",
+        "of PostgreSQL",
+        "worker/PG/Kafka/others",
+        "CPU µs each",
+    )
     for head in heads:
         shown.add_column(head, justify="right")
     for name, one in lines.items():
@@ -82,6 +94,7 @@ def table(lines: dict[str, Line]) -> Table:
             _times(one["ratio_to_parallel_baseline"]),
             "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
             cores,
+            f"{sum(one['cpu_us_per_command'].values())}",
         )
     return shown
 
@@ -130,8 +143,12 @@ def growth_chart(points: list[dict[str, Any]]) -> None:
     """Draw docs/performance-growth.png and .svg: what grows with the number of entries, against the empty start."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    series = (("throughput", "commands_per_second", SERVICE), ("balance p99", "balance_p99_ms", BASELINE))
-    series = (*series, ("ledger page p99", "ledger_p99_ms", "#6a994e"), ("lots p99", "lots_p99_ms", "#bc8a3d"))
+    series = (
+        ("throughput", "commands_per_second", SERVICE),
+        ("balance p99", "balance_p99_ms", BASELINE),
+        ("ledger page p99", "ledger_p99_ms", "#6a994e"),
+        ("lots p99", "lots_p99_ms", "#bc8a3d"),
+    )
     entries = [point["entries"] / 1e6 for point in points]
     for label, key, colour in series:
         first = points[0][key]
@@ -158,5 +175,3 @@ def _write(plt: Any, figure: Any, stem: Path) -> None:
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         figure.savefig(stem.with_suffix(suffix), dpi=140, metadata=metadata)
     plt.close(figure)
-
-

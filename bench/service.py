@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bench.figures import check, latencies, median, percentile, rate
 from bench.ground import Ground, Offsets, results_topics
-from bench.machine import Processors
+from bench.machine import Processors, memory_mib
 from bench.scenarios import Scenario
 from console.processes import StackError
 from schemas.topics import input_topic, receipts_topic
@@ -42,13 +42,17 @@ class Served:
 
     Attributes:
         rates: commands a second, of each repetition.
-        cores: used by each part during the last drain.
+        cores: used by each part during the last drain, and by `others`, programs not ours: the noise.
+        cpu_us: processor time that each part spent on one command of the last drain, in microseconds.
+        memory_mib: of all workers after the last drain.
         p50_ms, p99_ms, at_rate: from produce to result, at a rate of so many commands a second.
     """
 
     commands: int
     rates: list[float] = field(default_factory=list)
     cores: dict[str, float] = field(default_factory=dict)
+    cpu_us: dict[str, int] = field(default_factory=dict)
+    memory_mib: int = 0
     p50_ms: float = 0
     p99_ms: float = 0
     at_rate: float = 0
@@ -76,7 +80,7 @@ async def measure(ground: Ground, scenario: Scenario, extent: Extent, say: Say) 
         await prepare(ground, scenario, merchants)
         for number in range(extent.repetitions):
             say(f"draining {count:,} commands, {number + 1} of {extent.repetitions}")
-            await _drain(ground, scenario, merchants, served, f"d{number}")
+            await drain(ground, scenario, merchants, served, f"d{number}")
         say("steady load")
         await _steady(ground, scenario, merchants, served, extent.seconds)
     return served
@@ -103,15 +107,19 @@ async def backlog(ground: Ground, scenario: Scenario, merchants: Sequence[str], 
     return starts
 
 
-async def _drain(ground: Ground, scenario: Scenario, merchants: Sequence[str], served: Served, run: str) -> None:
+async def drain(ground: Ground, scenario: Scenario, merchants: Sequence[str], served: Served, run: str) -> None:
+    """Drain a backlog once, and add what was measured."""
     await ground.suspend(merchants)
     receipts = await _receipts(ground, scenario, merchants)
     starts = await backlog(ground, scenario, merchants, served.commands, run)
+    whole = Processors(ground)
     await ground.resume(merchants)
     await ground.wait(starts, 1, served.commands, poll_seconds=0.1)
     processors = Processors(ground)
     ends = await ground.wait(starts, served.commands, served.commands / COMMANDS_A_SECOND_MIN)
     served.cores = processors.cores()
+    served.cpu_us = {part: round(1e6 * spent / served.commands) for part, spent in whole.seconds().items()}
+    served.memory_mib = memory_mib(ground.pids()["worker"])
     # A worker that answers twice would do it now.
     await asyncio.sleep(0.5)
     ends = await ground.ends(results_topics(merchants), scenario.partitions)
@@ -128,9 +136,7 @@ async def _receipts(ground: Ground, scenario: Scenario, merchants: Sequence[str]
     return sum((await ground.ends(topics, scenario.partitions)).values())
 
 
-async def _steady(
-    ground: Ground, scenario: Scenario, merchants: Sequence[str], served: Served, seconds: float
-) -> None:
+async def _steady(ground: Ground, scenario: Scenario, merchants: Sequence[str], served: Served, seconds: float) -> None:
     """Send at half of the rate that was measured, and compare the broker's times of commands and results."""
     served.at_rate = served.commands_per_second / 2
     count = int(served.at_rate * seconds) // 2 * 2

@@ -67,7 +67,7 @@ class Client:
         await self._producer.stop()
 
     async def watch(self, merchant: str | None, partitions: int, *, from_start: bool) -> None:
-        """Collect the results of a merchant, or of the control topic, from now on, or those of a new one from the start."""
+        """Collect the results of a merchant, or of the control topic: from now on, or of a new one from the start."""
         added = [TopicPartition(results_topic(merchant), number) for number in range(partitions)]
         at = {tp: await self._consumer.position(tp) for tp in self._consumer.assignment()}
         self._consumer.assign([*at, *added])

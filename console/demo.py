@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from catalog.sql import fetch
 from console import demo_data, demo_view, demo_year, verify
 from console.client import Client, NoResultError, Result
-from console.demo_data import Command, LlmCall
+from console.demo_data import Command, LlmCall, Order
 from console.local import prepare, stack_environment
 from console.merchants import registered
 from console.stack import Stack, down, up
@@ -128,13 +128,12 @@ async def _show(root: Path, console: Console) -> bool:
         with console.status("Registering two merchants"):
             shop = await demo.register("shop", demo_data.config("Demo Shop Ltd", "GB", "London", "Europe/London"))
             llm = await demo.register("llm", demo_data.config("Demo LLM LLC", "AM", "Yerevan", "Asia/Yerevan"))
-        waiting = await _serve_shop(demo, shop)
+        trade = await _serve_shop(demo, shop)
         trace = await _serve_llm(demo, llm)
-        await _summary(demo, shop, llm, trace, waiting)
+        await _summary(demo, shop, llm, trade, trace)
         year = await _serve_year(demo)
-        once = await _answered_once(demo, waiting, await _parked(control_url, shop))
-    with console.status("Auditing"):
-        reports = {merchant: await _audit(control_url, merchant, console) for merchant in (shop, llm, year)}
+        once = await _answered_once(demo, trade.waiting, await _parked(control_url, shop))
+    reports = {merchant: await _audit(control_url, merchant, console) for merchant in (shop, llm, year)}
     console.rule("The auditor")
     verify.show(reports, console)
     console.rule("Look further")
@@ -152,20 +151,29 @@ async def _next_number(control_url: str) -> int:
 # First act
 
 
-async def _serve_shop(demo: Demo, shop: str) -> set[str]:
-    """Send a shop's orders and cancellations; returns the ids of refunds whose sale is not there."""
+@dataclass
+class Trade:
+    """The shop's part, by command ids: its sales, and the refunds that wait because their sale is not in the file."""
+
+    sales: dict[str, Order]
+    waiting: set[str]
+
+
+async def _serve_shop(demo: Demo, shop: str) -> Trade:
+    """Send a shop's orders and cancellations, as they are."""
     invoices = demo_data.orders()
     with _progress(demo.console) as progress:
         task = progress.add_task(f"{shop}: orders of a shop", total=len(invoices))
         now = await demo.stock(shop, demo_data.shop_catalog(invoices))
-        sales = await demo.send(shop, demo_data.shop_sales(invoices, now))
+        sold = [order for order in invoices if not order.is_cancellation]
+        sales = await demo.send(shop, demo_data.shop_sales(sold, now))
         await _follow(demo.client, sales, progress, task)
         refunds = list(demo_data.shop_refunds(invoices))
         ids = await demo.send(shop, (command for command, _ in refunds))
         waiting = {name for name, (_, has_sale) in zip(ids, refunds, strict=True) if not has_sale}
         await _follow(demo.client, [name for name in ids if name not in waiting], progress, task)
         progress.update(task, completed=len(invoices))
-    return waiting
+    return Trade(dict(zip(sales, sold, strict=True)), waiting)
 
 
 @dataclass
@@ -220,15 +228,19 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield progress
 
 
-async def _summary(demo: Demo, shop: str, llm: str, trace: Trace, waiting: set[str]) -> None:
+async def _summary(demo: Demo, shop: str, llm: str, trade: Trade, trace: Trace) -> None:
     console, client = demo.console, demo.client
     console.rule("What came of it")
     results: list[tuple[str, str, Result | None]] = [
-        (merchant, command_type, client.results[message_id][0] if message_id not in waiting else None)
+        (merchant, command_type, client.results[message_id][0] if message_id not in trade.waiting else None)
         for message_id, (merchant, command_type) in client.sent.items()
         if merchant is not None
     ]
     console.print(demo_view.outcomes(results))
+    for item in (await demo.get(shop, "purchases?needs_attention=true"))["items"]:
+        order = trade.sales[item["command"]["id"]]
+        told = f"{order.external_ref} of {order.total} GBP, customer {order.customer or 'unknown'}"
+        console.print(f"An order needs attention: {told}: {item['error']['message']}.", highlight=False)
     rate = trace.commands / trace.seconds
     console.print(
         f"The trace: {trace.commands:,} commands in {trace.seconds:.1f} s, [bold]{rate:,.0f} a second[/bold], "

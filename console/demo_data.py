@@ -144,12 +144,14 @@ def shop_catalog(invoices: Iterable[Order]) -> Iterator[Command]:
         yield sellable(f"gbp-{pence}", f"Shopping credit of {amount} GBP", pence, 365, amount, "GBP")
 
 
-def shop_sales(invoices: Iterable[Order], at: str) -> Iterator[Command]:
-    """Turn every sale into a purchase as it stands, also what the service has to refuse."""
-    for order in invoices:
-        if not order.is_cancellation:
-            price = (order.country, f"{order.total:.2f}", "GBP")
-            yield purchase(order.customer, order.external_ref, order.product, price, at)
+def shop_sales(sold: Iterable[Order], at: str) -> Iterator[Command]:
+    """Turn every sale into a purchase as it stands, also what the service has to refuse.
+
+    The orders' own times are long past, when nothing of this was for sale; they are placed ``at`` instead.
+    """
+    for order in sold:
+        price = (order.country, f"{order.total:.2f}", "GBP")
+        yield purchase(order.customer, order.external_ref, order.product, price, at)
 
 
 def shop_refunds(invoices: list[Order]) -> Iterator[tuple[Command, bool]]:

@@ -1,13 +1,19 @@
 """The command line ``credits``."""
 
 import asyncio
+import json
 import os
+from collections.abc import Coroutine
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from console.client import Result
+    from workers.settings import WorkerSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Credit management service.", rich_markup_mode=None)
 ROOT = Path(os.environ.get("CREDITS_ROOT") or Path(__file__).resolve().parent.parent)
@@ -23,6 +29,18 @@ def control_url() -> str:
         console.print("CREDITS_CONTROL_DATABASE_URL is not set and no local stack runs here (make up)", style="red")
         raise typer.Exit(2)
     return url
+
+
+def settings() -> "WorkerSettings":
+    """Return how to reach the services: as told by the environment, else of the running local stack."""
+    from console.local import stack_environment
+    from workers.settings import SettingsError, WorkerSettings
+
+    try:
+        return WorkerSettings.from_env({**stack_environment(ROOT), **os.environ})
+    except SettingsError as error:
+        console.print(f"{error}, and no local stack runs here (make up)", style="red")
+        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -75,6 +93,82 @@ def demo(
     from console.demo import run
 
     raise typer.Exit(run(ROOT, console, keep=keep))
+
+
+@app.command("verify")
+def verify_books(
+    merchant: Annotated[str | None, typer.Argument(help="The merchant's id.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Verify all merchants.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object by merchant.")] = False,
+) -> None:
+    """Check every identity of merchants' books; the exit code is 1 if one does not hold."""
+    from console.verify import UnknownMerchantError, reports, show
+
+    if (merchant is None) != every:
+        raise typer.BadParameter("name one merchant, or give --all")
+    progress = Console(stderr=True)
+    try:
+        found = asyncio.run(reports(control_url(), merchant, progress))
+    except UnknownMerchantError:
+        progress.print(f"there is no merchant {merchant}", style="red")
+        raise typer.Exit(2) from None
+    if as_json:
+        console.print_json(data={name: report.as_object() for name, report in found.items()})
+    else:
+        show(found, console)
+    raise typer.Exit(0 if all(report.ok for report in found.values()) else 1)
+
+
+merchants_app = typer.Typer(no_args_is_help=True, help="The merchants.")
+app.add_typer(merchants_app, name="merchants")
+clock_app = typer.Typer(no_args_is_help=True, help="The clocks of simulated merchants.")
+app.add_typer(clock_app, name="clock")
+
+
+@merchants_app.command("list")
+def list_merchants() -> None:
+    """List the registered merchants."""
+    from console.merchants import as_table, registered
+
+    console.print(as_table(asyncio.run(registered(control_url()))))
+
+
+@merchants_app.command("create")
+def create_merchant(
+    merchant: Annotated[str, typer.Argument(help="The new merchant's id.")],
+    config: Annotated[Path, typer.Option(help="A JSON file with the configuration.", exists=True, dir_okay=False)],
+    partitions: Annotated[int, typer.Option(help="Of each of its topics; can't be changed.", min=1)] = 4,
+    simulated: Annotated[bool, typer.Option(help="With a clock that can be moved, for tests.")] = False,
+) -> None:
+    """Register a merchant; done when it may be used."""
+    from console.merchants import create
+
+    content = json.loads(config.read_text(encoding="utf-8"))
+    _show_result(create(settings(), merchant, content, simulated=simulated, partitions=partitions))
+
+
+@clock_app.command("advance")
+def advance_clock(
+    merchant: Annotated[str, typer.Argument(help="The id of a simulated merchant.")],
+    seconds: Annotated[int, typer.Argument(help="By how much; clocks only go forward.", min=1)],
+) -> None:
+    """Move the clock of a simulated merchant; done when everything due by then has been sent."""
+    from console.merchants import advance
+
+    _show_result(advance(settings(), merchant, seconds))
+
+
+def _show_result(call: "Coroutine[Any, Any, Result]") -> None:
+    """Wait for a command's result and print it; the exit code is 1 if it was refused or none came."""
+    from console.client import NoResultError
+
+    try:
+        result = asyncio.run(call)
+    except NoResultError as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(1) from None
+    console.print_json(data=result)
+    raise typer.Exit(0 if result["outcome"] == "applied" else 1)
 
 
 receipts_app = typer.Typer(no_args_is_help=True, help="Receipts, credit notes and corrections.")

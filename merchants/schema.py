@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from alembic.util import CommandError
 from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from catalog.sql import fetch
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
@@ -22,28 +25,82 @@ def on_database(control_url: str, database: str) -> str:
     return engine_url(control_url).set(database=database).render_as_string(hide_password=False)
 
 
-async def migrate(control_url: str, progress: Callable[[str], None] = lambda _: None) -> None:
-    """Bring control, template and all merchants' databases to the newest revision; safe to run at any time, twice."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What became of one database: its revisions before and after, or why it could not be brought forward."""
+
+    database: str
+    before: str | None
+    after: str | None
+    error: str | None = None
+
+
+class MigrationError(Exception):
+    """Some merchants' databases were not brought forward; the others were. ``steps`` has all of them."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+        failed = [f"{step.database}: {step.error}" for step in steps if step.error is not None]
+        super().__init__("; ".join(failed))
+
+
+async def migrate(control_url: str, progress: Callable[[str], None] = lambda _: None) -> list[Step]:
+    """Bring control, template and all merchants' databases to the newest revision; safe to run at any time, twice.
+
+    A merchant's database that cannot be brought forward does not keep the others waiting; running this again goes on
+    where it stopped. Raises MigrationError then.
+    """
     admin = on_database(control_url, "postgres")
     control = make_url(control_url).database
     assert control is not None
     await runner.ensure_role(admin, WORKER_GROUP)
     await runner.ensure_database(admin, control)
-    await runner.upgrade(on_database(control_url, control), "control")
+    steps = [await _upgrade(control_url, control, "control")]
     progress(control)
     await runner.ensure_database(admin, TEMPLATE_DATABASE)
-    await runner.upgrade(on_database(control_url, TEMPLATE_DATABASE), "merchant")
+    steps.append(await _upgrade(control_url, TEMPLATE_DATABASE, "merchant"))
     progress(TEMPLATE_DATABASE)
     slots = asyncio.Semaphore(PARALLEL)
 
-    async def one(database: str) -> None:
+    async def one(database: str) -> Step:
         async with slots:
-            await runner.upgrade(on_database(control_url, database), "merchant")
-            progress(database)
+            try:
+                return await _upgrade(control_url, database, "merchant")
+            except (SQLAlchemyError, CommandError, OSError, TimeoutError) as error:
+                return Step(database, None, None, str(error).splitlines()[0][:300])
+            finally:
+                progress(database)
 
-    async with asyncio.TaskGroup() as group:
-        for merchant in await merchant_ids(control_url):
-            group.create_task(one(names(merchant)[1]))
+    steps += await asyncio.gather(*(one(names(merchant)[1]) for merchant in await merchant_ids(control_url)))
+    if any(step.error is not None for step in steps):
+        raise MigrationError(steps)
+    return steps
+
+
+async def _upgrade(control_url: str, database: str, lineage: str) -> Step:
+    url = on_database(control_url, database)
+    before = await runner.current(url)
+    await runner.upgrade(url, lineage)
+    return Step(database, before, await runner.current(url))
+
+
+async def versions(control_url: str) -> list[Step]:
+    """Tell at which revision each database is, without changing any; ``after`` is the newest one."""
+    control = make_url(control_url).database
+    assert control is not None
+    merchants = [names(merchant)[1] for merchant in await merchant_ids(control_url)]
+    lineages = {control: "control"} | dict.fromkeys([TEMPLATE_DATABASE, *merchants], "merchant")
+    slots = asyncio.Semaphore(PARALLEL)
+
+    async def one(database: str, lineage: str) -> Step:
+        async with slots:
+            try:
+                found = await runner.current(on_database(control_url, database))
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
+                return Step(database, None, runner.head(lineage), str(error).splitlines()[0][:300])
+            return Step(database, found, runner.head(lineage))
+
+    return list(await asyncio.gather(*(one(database, lineage) for database, lineage in lineages.items())))
 
 
 async def merchant_ids(control_url: str) -> list[str]:

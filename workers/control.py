@@ -23,14 +23,14 @@ from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_
 from merchants.registry import Merchant
 from schemas import payloads
 from schemas.canonical import format_time
-from schemas.envelope import DecodeContext, Incoming, decode
+from schemas.envelope import DecodeContext, Incoming
 from schemas.errors import Code, Refusal
 from schemas.topics import CONTROL_CHANNEL
 from workers import inbox, outgoing, positions
 from workers.decide import Answer, Reception
-from workers.inbox import DeadLetter, Row, keyed
+from workers.inbox import DeadLetter, Row
 from workers.lanes import Lease, Outcome, Record
-from workers.pipeline import FORCE_SECONDS, REFUSED_WAIT_SECONDS, Backoff, is_race, is_trouble
+from workers.pipeline import FORCE_SECONDS, REFUSED_WAIT_SECONDS, Backoff, decode_safely, is_race, is_trouble
 from workers.positions import Claim, LostOwnershipError
 from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
 from workers.transaction import Message, plan
@@ -141,11 +141,7 @@ class Control:
         if not self._secret:
             async with self.engine.begin() as connection:
                 self._secret = await merchants.registry.control_secret(connection)
-        context = DecodeContext(None, CONTROL_CHANNEL, self._secret, {}, Decimal(10**9))
-        message = decode(record, context)
-        if isinstance(message, Incoming) and message.business_key is not None:
-            message.business_key = keyed(message.business_key, self._secret)
-        return message
+        return decode_safely(record, DecodeContext(None, CONTROL_CHANNEL, self._secret, {}, Decimal(10**9)))
 
     async def _look_up(self, connection: AsyncConnection, message: Message, lease: Lease) -> tuple[Any, ControlDesk]:
         """Lock the position, and answer what was seen before."""

@@ -9,7 +9,9 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
+from hashlib import sha256
 from typing import Any
 
 import asyncpg
@@ -24,7 +26,8 @@ from ledger.model import LotsNeeded
 from ledger.store import LOTS_AT_FIRST
 from merchants.databases import WRITER_SETTINGS, Pools
 from merchants.registry import Merchant
-from schemas.envelope import DecodeContext, Incoming, decode
+from schemas.envelope import DecodeContext, Incoming, Undeliverable, decode
+from schemas.errors import Code
 from schemas.topics import parse_input
 from workers import outgoing, positions
 from workers.decide import PoisonError
@@ -296,10 +299,7 @@ class Pipeline:
                     context.config.external_ref_patterns,
                     self._resource_amount_max,
                 )
-            message = decode(record, found)
-            if isinstance(message, Incoming) and message.business_key is not None:
-                message.business_key = keyed(message.business_key, context.secret)
-            messages.append(message)
+            messages.append(decode_safely(record, found))
         return messages
 
     async def _transaction(
@@ -362,6 +362,26 @@ class Pipeline:
             self._replies.add(task)
             task.add_done_callback(self._replies.discard)
         return True
+
+
+def decode_safely(record: Record, context: DecodeContext) -> Message:
+    """Decode a record. One that a defect of ours makes unreadable becomes a dead letter, and stops nothing else."""
+    try:
+        message = decode(record, context)
+    except Exception:
+        log.exception("a message cannot be decoded", topic=record.topic, offset=record.offset)
+        return Undeliverable(
+            record.topic,
+            record.partition,
+            record.offset,
+            datetime.fromtimestamp(record.timestamp / 1000, UTC),
+            Code.INTERNAL_ERROR,
+            "the message could not be decoded; the operators know",
+            sha256(record.value or b"").digest(),
+        )
+    if isinstance(message, Incoming) and message.business_key is not None:
+        message.business_key = keyed(message.business_key, context.secret)
+    return message
 
 
 def messages_of(merchant: str, applied: Applied) -> list[OutMessage]:

@@ -367,7 +367,6 @@ class Reimposition:
                 made, sealed = _digest_of(document.body), published.get("buyer_digest")
                 if made is None or sealed is None or document.body.replace(made, sealed) != body:
                     raise _DiffersError(_difference(document.number, body.encode(), document.body.encode()))
-                self.outcome.salts_lost.append(document.number)
             to_mend.append((document, body, bytes.fromhex(published["hash"])))
         if any((d.body, d.hash) != (body, digest) for d, body, digest in to_mend):
             await _mend(connection, to_mend)
@@ -393,6 +392,8 @@ class Reimposition:
                 "clock_offset = greatest(clock_offset, $1::interval)",
                 (offset,),
             )
+            lost = await fetch(connection, "SELECT number FROM buyers WHERE salt = '' ORDER BY number")
+            self.outcome.salts_lost = [row[0] for row in lost]
             await connection.exec_driver_sql(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 

@@ -251,17 +251,19 @@ class Batch:
             lots_wanted=self.lots_wanted,
         )
         await self._load_rest(desk, wanted)
-        self._check_for_races(desk)
+        self._check_for_races(desk, fresh)
         return desk
 
-    def _check_for_races(self, desk: Desk) -> None:
+    def _check_for_races(self, desk: Desk, fresh: Sequence[Incoming]) -> None:
         """Make sure that what was looked up before the locks is what was found after them."""
         books = desk.books
         owners = {purchase.account_id for purchase in books.purchases.values()}
         if not owners <= books.accounts.keys():
             raise RacedError("a purchase came in")
-        if any(row.result is None and row.identity not in desk.parked for row in desk.inbox.values()):
-            raise RacedError("a command was parked")
+        for message in fresh:
+            row = desk.inbox.get(message.identity)
+            if row is not None and row.result is None and row.identity not in desk.parked:
+                raise RacedError("a command was parked")
 
     async def _candidates(self, wanted: Wanted, identities: list[bytes]) -> list[Parked]:
         """Read, without locks yet, the parked commands that this batch may repeat or release, and what these name."""

@@ -226,7 +226,7 @@ async def test_closes_are_refused_for_the_right_reason(shop: Merchant, user: Mak
     second = await shop.open(someone)
     await shop.applied("Operation.Cancel", user_id=someone, operation_id=second)
     await shop.refused("operation_not_open", "Operation.RecordAndClose", shop.closing(someone, second, "3"))
-    await shop.refused("operation_not_found", "Operation.Cancel", user_id=other, operation_id=second)
+    await shop.refused("operation_not_found", "Operation.Cancel", cancel | {"user_id": other})
 
 
 @pytest.mark.parametrize("policy", ["refuse", "debit"])

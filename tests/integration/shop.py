@@ -47,6 +47,7 @@ class Shop:
     control: AsyncEngine
     pipeline: Pipeline = field(init=False)
     pools: Pools = field(init=False)
+    unsent: list[OutMessage] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.begin()
@@ -60,11 +61,16 @@ class Shop:
     async def end(self) -> None:
         await self.pools.close()
 
-    async def send(self, command_type: str, command_id: str | None = None, **payload: Any) -> str:
-        """Send a command to its topic and return its id."""
+    def send(self, command_type: str, command_id: str | None = None, **payload: Any) -> str:
+        """Have a command sent with the next batch of them, and return its id."""
         command_id = command_id or secrets.token_hex(6)
-        await self.publisher.publish([self.message(command_type, command_id, payload)])
+        self.unsent.append(self.message(command_type, command_id, payload))
         return command_id
+
+    async def flush(self) -> None:
+        """Send what is to be sent, in one go, so that many records get the same time."""
+        unsent, self.unsent = self.unsent, []
+        await self.publisher.publish(unsent)
 
     def message(self, command_type: str, command_id: str, payload: Mapping[str, Any]) -> OutMessage:
         spec = COMMANDS[command_type]
@@ -75,6 +81,7 @@ class Shop:
 
     async def work(self, *, batch_max: int = 1000) -> int:
         """Work on all that was sent, in batches; returns how many records it was."""
+        await self.flush()
         tps = [TP(input_topic(self.merchant.merchant_id, c), p) for c in CHANNELS for p in range(2)]
         lease = Lease(1, "the tests", tps, object())
         async with self.consumer() as consumer:
@@ -89,7 +96,7 @@ class Shop:
 
     async def stock(self) -> None:
         """Have a product and an operation type."""
-        await self.send(
+        self.send(
             "Product.Create",
             product_code="c100",
             title="100 credits",
@@ -99,7 +106,7 @@ class Shop:
             prices=[{"country": "*", "currency": "EUR", "amount": "10.00"}],
             actor="ops",
         )
-        await self.send(
+        self.send(
             "OperationType.CreateWithArchival",
             operation_code="llm",
             display_name="LLM",
@@ -123,7 +130,8 @@ class Shop:
             "now": format_time(now),
         }
         sql = """
-        INSERT INTO inbox (identity, fingerprint, digests, type, topic, partition, kafka_offset, encoding, outcome, result)
+        INSERT INTO inbox
+            (identity, fingerprint, digests, type, topic, partition, kafka_offset, encoding, outcome, result)
         VALUES ($1, '', '', 'Clock.Advance', 'credits.control', 0, 0, 0, 'applied', $2)
         """
         async with self.control.begin() as connection:

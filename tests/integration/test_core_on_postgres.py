@@ -15,7 +15,7 @@ from ledger.model import account_id_of, entry_id_of
 from merchants.schema import migrate
 from tests import builders
 from tests.builders import Clerk, Record, clerk, merchant
-from tests.core import config
+from tests.core import closing, config, opening
 from tests.model.ledger import Ledger
 from tests.model.traffic import WAITS, Traffic, compare, first_catalogue
 from tests.services import Services
@@ -171,3 +171,19 @@ async def test_the_database_and_the_model_agree_after_every_batch(
             await comparison.step()
         report = await verify(at_work.engine)
         assert report.ok, report.as_object()
+
+
+async def test_a_redelivered_batch_with_a_parked_command_repeats_nothing_for_it(control_url: str) -> None:
+    made = await merchant(control_url, "model-parked", **config(), vat_rates=[])
+    async with clerk(made) as at_work:
+        early = closing()
+        record = builders.command("Operation.RecordAndClose", early, merchant_id=made.merchant_id)
+        assert await at_work.apply(record) == []
+
+        assert await at_work.apply(record) == []
+
+        opened, closed = await at_work.apply(
+            builders.command("Operation.Open", opening(operation_code="none"), merchant_id=made.merchant_id)
+        )
+        assert (opened["error"]["code"], closed["error"]["code"]) == ("unknown_operation_type", "operation_not_open")
+        assert await at_work.apply(record) == [closed]

@@ -115,8 +115,9 @@ class Ledger:
         return results + self._release_after(case)
 
     def _answer(self, case: Dict, result: Dict) -> Dict:
-        case["result"] = result | {"of": case["of"]}
-        return case["result"]
+        answered: Dict = result | {"of": case["of"]}
+        case["result"] = answered
+        return answered
 
     def _repeat(self, case: Dict, first: Dict) -> Dict:
         if first["content"] != case["content"]:
@@ -148,7 +149,9 @@ class Ledger:
             target = (kind, case["payload"][member])
             results = self._release(lambda waiting: self._waits_for(waiting) == target)
         numbers = {document["number"] for document in self.documents}
-        return results + self._release(lambda w: w["type"] == "Receipt.AttachFiscal" and self._waits_for(w)[1] in numbers)
+        return results + self._release(
+            lambda w: w["type"] == "Receipt.AttachFiscal" and self._waits_for(w)[1] in numbers
+        )
 
     def _release(self, chosen: Callable[[Dict], bool]) -> list[Dict]:
         results: list[Dict] = []
@@ -208,22 +211,24 @@ class Ledger:
         return {"user_seq": len(user["entries"]), "balance": self.balance(user), "debt": self.debt(user)}
 
     def _user(self, user_id: str) -> Dict:
-        fresh = {"id": user_id, "entries": [], "lots": [], "allocations": [], "open": None}
-        return self.users.setdefault(user_id, fresh | {"locked": False, "until": None, "erased": False, "tombstone": ""})
+        fresh: Dict = {"id": user_id, "entries": [], "lots": [], "allocations": [], "open": None}
+        return self.users.setdefault(
+            user_id, fresh | {"locked": False, "until": None, "erased": False, "tombstone": ""}
+        )
 
     # Credits: everything is computed from entries, lots and allocations
 
     def balance(self, user: Dict) -> int:
-        return sum(entry["amount"] for entry in user["entries"])
+        return sum(int(entry["amount"]) for entry in user["entries"])
 
     def debt(self, user: Dict) -> int:
         return sum(self.uncovered(user, entry) for entry in user["entries"] if entry["amount"] < 0)
 
     def uncovered(self, user: Dict, entry: Dict) -> int:
-        return -int(entry["amount"]) - sum(a["credits"] for a in user["allocations"] if a["entry"] == entry["seq"])
+        return -int(entry["amount"]) - sum(int(a["credits"]) for a in user["allocations"] if a["entry"] == entry["seq"])
 
     def remaining(self, user: Dict, lot: Dict) -> int:
-        return int(lot["credits"]) - sum(a["credits"] for a in user["allocations"] if a["lot"] == lot["seq"])
+        return int(lot["credits"]) - sum(int(a["credits"]) for a in user["allocations"] if a["lot"] == lot["seq"])
 
     def _entry(self, user: Dict, amount: int, reason: str, **context: Any) -> Dict:
         entry = {"seq": len(user["entries"]) + 1, "amount": amount, "reason": reason, "at": self.now} | context
@@ -286,7 +291,13 @@ class Ledger:
             raise Refused("price_mismatch")
         user, expires = self._user(p["user_id"]), self._days(product["days"])
         lot = self._credit(user, product["credits"], "purchase", expires, purchase=p["external_ref"])
-        bought = {"user_id": p["user_id"], "lot": lot, "lots": [lot], "amount": amount, "currency": snapshot["currency"]}
+        bought = {
+            "user_id": p["user_id"],
+            "lot": lot,
+            "lots": [lot],
+            "amount": amount,
+            "currency": snapshot["currency"],
+        }
         self.purchases[p["external_ref"]] = bought
         number = self._document("receipt", amount, p["external_ref"])
         return self._lot_shown(user, lot) | {"expires_at": expires, "receipt_number": number}
@@ -400,7 +411,11 @@ class Ledger:
         self._user(p["user_id"])["open"] = p["operation_id"]
         expires = self.now + timedelta(minutes=self.config["operation_timeout_minutes"])
         captured = {name: rate[name] for name in ("unit", "rate", "minimum")}
-        self.operations[p["operation_id"]] |= captured | {"state": "open", "expires": expires, "workflow_id": p.get("workflow_id")}
+        self.operations[p["operation_id"]] |= captured | {
+            "state": "open",
+            "expires": expires,
+            "workflow_id": p.get("workflow_id"),
+        }
         shown = {"operation_id": p["operation_id"], "expires_at": expires, "resource_unit": rate["unit"]}
         return shown | {"credits_per_unit": rate["rate"]}
 

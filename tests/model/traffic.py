@@ -105,7 +105,12 @@ class Traffic:
         return found
 
     def message(self, command_type: str, payload: dict[str, Any]) -> dict[str, Any]:
-        made = {"type": command_type, "id": f"m-{next(self._ids)}", "source": SOURCE, "payload": payload}
+        made: dict[str, Any] = {
+            "type": command_type,
+            "id": f"m-{next(self._ids)}",
+            "source": SOURCE,
+            "payload": payload,
+        }
         if command_type == "Operation.RecordAndClose" and self.chance(3):
             made["late_by"] = self.random.choice([1, 20, 24 * 60]) * MINUTE
         return made
@@ -166,7 +171,9 @@ class Traffic:
         number = self.random.randrange(known + 1) if self.chance(6) else known
         workflow = {"workflow_id": "w"} if self.chance(3) else {}
         members = {"user_id": user_id, "operation_id": f"{user_id}-{number}"} | workflow
-        return "Operation.Open", members | {"operation_code": self.random.choice(TYPES if self.chance(4) else TYPES[:2])}
+        return "Operation.Open", members | {
+            "operation_code": self.random.choice(TYPES if self.chance(4) else TYPES[:2])
+        }
 
     def closing(self) -> tuple[str, dict[str, Any]]:
         user_id, operation_id = self.operation()

@@ -1,6 +1,7 @@
 """Products, prices and operation types: periods, effective dates, resolution (spec §1, §4)."""
 
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -387,6 +388,6 @@ def test_versions_of_a_code_never_overlap_whatever_is_asked(
             case _:
                 core.wait(minutes=10 * number)
         found = sorted(periods(core))
-        for (_, end), (start, _) in zip(found, found[1:], strict=False):
+        for (_, end), (start, _) in pairwise(found):
             assert end is not None
             assert end <= start

@@ -413,8 +413,9 @@ def test_an_open_by_an_erased_user_answers_a_close_that_waits_for_it() -> None:
     results = core.send(core.message("Operation.Open", opening()))
 
     # Spec §9.5: what waited is decided right after the Open, also when that is refused. The code is not told.
-    assert [code(result) for result in results][0] == "account_erased"
-    assert results[1]["command_id"] == early["id"]
+    opened, closed = results
+    assert code(opened) == "account_erased"
+    assert closed["command_id"] == early["id"]
 
 
 def test_an_open_refused_because_the_user_was_erased_is_final_like_any_other() -> None:

@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -105,7 +106,7 @@ def test_credit_notes_in_any_number_of_parts_sum_exactly_to_the_receipt(
     edges = sorted({cut for cut in cuts if cut < minor} | {0, minor})
     totals = [Decimal(0), Decimal(0), Decimal(0)]
 
-    for number, (before, after) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(edges)):
         note = office.credit(from_minor(after - before, currency), f"refund:{number}", currency=currency)
         net, tax, gross = figures(note)
         assert net + tax == gross == from_minor(after - before, currency)

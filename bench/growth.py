@@ -1,0 +1,138 @@
+"""How figures change while a ledger grows: throughput, queries, memory; and a user with very many lots."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import asyncpg
+from rich.console import Console
+
+from bench import machine, report, service
+from bench.figures import percentile
+from bench.ground import Ground
+from bench.history import Writer
+from bench.limits import secret_of
+from bench.scenarios import SCENARIOS, Scenario
+from console.local import prepare as make_token
+
+SHARES = (0, 0.1, 0.3, 0.6, 1)
+HEAVY_SHARE = 10  # one entry in so many is of one user
+HEAVY_USER = "user-0"
+REQUESTS = 400
+DRAIN = 20_000
+DRAINS = 3
+LOTS = 10_000
+LOT_CREDITS = 1_000
+
+GROWTH = replace(SCENARIOS["many_users"], name="growth", title="a growing ledger", commands=DRAIN)
+ONE_LOT = replace(SCENARIOS["hot_user"], name="one_lot", title="a user with one lot", commands=DRAIN)
+MANY_LOTS = replace(SCENARIOS["hot_user"], name="many_lots", title="a user with many lots", commands=DRAIN)
+SCENARIOS.update({scenario.name: scenario for scenario in (GROWTH, ONE_LOT, MANY_LOTS)})
+
+Say = Callable[[str], None]
+Point = dict[str, Any]
+
+
+async def measure(ground: Ground, entries: int, say: Say, console: Console) -> dict[str, Any]:
+    """Let a ledger grow to so many entries, a tenth of them one user's, and measure at some points on the way."""
+    points: list[Point] = []
+    merchant = service.merchants_of(GROWTH)[0]
+    written = 0
+    async with ground.serving([merchant], {"CREDITS_WEB_RATE": "0"}):
+        token = await make_token(ground.stack.endpoints)
+        await ground.register([merchant], GROWTH.partitions)
+        await service.prepare(ground, GROWTH, [merchant])
+        secret = await secret_of(ground, merchant)
+        users = [f"user-{number}" for number in range(1, GROWTH.users)]
+        many = Writer(ground.database_url(merchant), secret, users)
+        heavy = Writer(ground.database_url(merchant), secret, [HEAVY_USER], number=10**9)
+        for share in SHARES:
+            missing = round(entries * share) - written
+            say(f"writing {missing:,} entries behind {written:,}")
+            began = time.monotonic()
+            await heavy.add(missing // HEAVY_SHARE)
+            await many.add(missing - missing // HEAVY_SHARE)
+            written += missing
+            seconds = time.monotonic() - began
+            await _settle_down(ground, merchant)
+            point = await _point(ground, merchant, token, written, f"g{len(points)}", say)
+            points.append(point | {"written_per_second": round(missing / seconds) if missing else None})
+            console.print(point, highlight=False)
+    lots = await _lots(ground, say)
+    console.print(lots, highlight=False)
+    report.growth_chart(points)
+    return {"points": points, "lots": lots, "machine": await machine.facts(ground)}
+
+
+async def _settle_down(ground: Ground, merchant: str) -> None:
+    """Do at once what autovacuum and the checkpointer would do during the measurement."""
+    connection = await asyncpg.connect(ground.database_url(merchant))
+    await connection.execute("VACUUM ANALYZE")
+    await connection.execute("CHECKPOINT")
+    await connection.close()
+
+
+async def _point(ground: Ground, merchant: str, token: str, entries: int, run: str, say: Say) -> Point:
+    served = service.Served(DRAIN)
+    for number in range(DRAINS):
+        say(f"draining at {entries:,} entries, {number + 1} of {DRAINS}")
+        await service.drain(ground, GROWTH, [merchant], served, f"{run}d{number}")
+    say(f"asking at {entries:,} entries")
+    asked = await _queries(ground, merchant, token)
+    return {
+        "entries": entries,
+        "commands_per_second": round(served.commands_per_second),
+        **asked,
+        "worker_memory_mib": served.memory_mib,
+        "cpu_us_per_command": served.cpu_us,
+        "cores": served.cores,
+    }
+
+
+async def _queries(ground: Ground, merchant: str, token: str) -> dict[str, float]:
+    """Ask for the heavy user and for others in turn; return p99 and p50 of each query in milliseconds."""
+    worker = next(line.address for line in ground.stack.status() if line.name == "worker-1")
+    users = [HEAVY_USER, *(f"user-{number}" for number in range(1, 50))]
+    told: dict[str, float] = {}
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
+        for name, query in (("balance", "balance"), ("ledger", "ledger?limit=50"), ("lots", "lots?limit=50")):
+            took = []
+            for number in range(REQUESTS):
+                # Every other question is about the user with the long history.
+                user = users[0] if number % 2 else users[number % len(users)]
+                url = f"{worker}/v1/merchants/{merchant}/users/{user}/{query}"
+                began = time.perf_counter()
+                async with session.get(url) as response:
+                    await response.read()
+                    response.raise_for_status()
+                took.append(1000 * (time.perf_counter() - began))
+            told[f"{name}_p50_ms"] = round(percentile(took, 50), 1)
+            told[f"{name}_p99_ms"] = round(percentile(took, 99), 1)
+    return told
+
+
+async def _lots(ground: Ground, say: Say) -> dict[str, Any]:
+    """Compare the debits of a user with one lot with those of one with 10,000."""
+    rates: dict[str, Any] = {"lots": LOTS}
+    for scenario in (ONE_LOT, MANY_LOTS):
+        say(scenario.title)
+        merchants = service.merchants_of(scenario)
+        async with ground.serving(merchants):
+            await ground.register(merchants, scenario.partitions)
+            await _catalogue_and_lots(ground, scenario, merchants)
+            served = service.Served(DRAIN)
+            for number in range(DRAINS):
+                await service.drain(ground, scenario, merchants, served, f"l{number}")
+            rates[f"{scenario.name}_commands_per_second"] = round(served.commands_per_second)
+            rates[f"{scenario.name}_cpu_us"] = served.cpu_us
+    return rates
+
+
+async def _catalogue_and_lots(ground: Ground, scenario: Scenario, merchants: Sequence[str]) -> None:
+    if scenario is MANY_LOTS:
+        # Before the setup's own large lot, so that these pay first.
+        writer = Writer(ground.database_url(merchants[0]), await secret_of(ground, merchants[0]), [HEAVY_USER])
+        await writer.add_lots(LOTS, LOT_CREDITS)
+    await service.prepare(ground, scenario, merchants)

@@ -1,0 +1,136 @@
+"""How long it takes until work is done: a local stack, and a worker of many merchants; and their connections."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+from rich.console import Console
+from rich.table import Table
+
+from bench import machine, service
+from bench.figures import check, rate
+from bench.ground import FOLDER, Ground, jars, results_topics
+from bench.scenarios import ROOT, SCENARIOS
+
+MERCHANTS = 300
+COMMANDS_EACH = 100
+IDLE_SECONDS = 5
+SAMPLE_SECONDS = 0.1
+REGISTER_AT_ONCE = 50
+
+MANY = replace(
+    SCENARIOS["merchants_100"],
+    name="startup",
+    title="a start with many merchants",
+    merchants=MERCHANTS,
+    users=MERCHANTS * 10,
+    commands=MERCHANTS * COMMANDS_EACH,
+)
+SCENARIOS[MANY.name] = MANY
+
+Say = Callable[[str], None]
+
+
+async def measure(ground: Ground, say: Say, console: Console) -> dict[str, Any]:
+    """Measure both; the ground's stack is used for the second."""
+    told: dict[str, Any] = {}
+    say("make up, twice")
+    told |= await asyncio.to_thread(_up)
+    told |= await _many_merchants(ground, say)
+    told["machine"] = await machine.facts(ground)
+    _show(console, told)
+    return told
+
+
+def _up() -> dict[str, float]:
+    """Time `credits up` for an empty folder, and once more after `credits down`; the download is there already."""
+    root = FOLDER / "up"
+    (root / ".credits").mkdir(parents=True, exist_ok=True)
+    (root / ".credits" / "jars").symlink_to(jars())
+    environment = {**os.environ, "CREDITS_ROOT": str(root)}
+
+    def run(command: str) -> float:
+        began = time.monotonic()
+        arguments = [sys.executable, "-m", "console.main", command]
+        subprocess.run(arguments, check=True, cwd=ROOT, env=environment, capture_output=True)
+        return round(time.monotonic() - began, 1)
+
+    try:
+        first = run("up")
+        run("down")
+        again = run("up")
+        return {"up_first_seconds": first, "up_seconds": again, "down_seconds": run("down")}
+    finally:
+        run("down")
+        shutil.rmtree(root)
+
+
+async def _many_merchants(ground: Ground, say: Say) -> dict[str, Any]:
+    merchants = service.merchants_of(MANY)
+    told: dict[str, Any] = {"merchants": MERCHANTS}
+    async with ground.serving([]):
+        began = time.monotonic()
+        for first in range(0, MERCHANTS, REGISTER_AT_ONCE):
+            say(f"registering merchants, {first} of {MERCHANTS}")
+            await ground.register(merchants[first : first + REGISTER_AT_ONCE], MANY.partitions)
+        told["registration_seconds_each"] = round((time.monotonic() - began) / MERCHANTS, 2)
+        await service.prepare(ground, MANY, merchants)
+    say("starting a worker for them")
+    began = time.monotonic()
+    async with ground.serving([]):
+        told["ready_seconds"] = round(time.monotonic() - began, 1)
+        idle, _ = await _connections_during(ground, asyncio.sleep(IDLE_SECONDS))
+        told["connections_while_idle"] = idle
+        say("load for all of them")
+        peak, served = await _connections_during(ground, _drain(ground, merchants))
+        told |= {"connections_under_load": peak, "commands_per_second": round(served.commands_per_second)}
+        told["worker_memory_mib"] = served.memory_mib
+        last, _ = await _connections_during(ground, asyncio.sleep(IDLE_SECONDS))
+        told["connections_after_load"] = last
+    return told
+
+
+async def _drain(ground: Ground, merchants: list[str]) -> service.Served:
+    served = service.Served(MANY.commands)
+    starts = await ground.ends(results_topics(merchants), MANY.partitions)
+    await ground.generate(MANY, merchants, MANY.commands, "load")
+    ends = await ground.wait(starts, MANY.commands, MANY.commands / service.COMMANDS_A_SECOND_MIN)
+    answers = await ground.answers(starts, ends)
+    check(answers, MANY.commands)
+    served.rates.append(rate(answers.times.values()))
+    served.memory_mib = machine.memory_mib(ground.pids()["worker"])
+    return served
+
+
+async def _connections_during(ground: Ground, work: Any) -> tuple[int, Any]:
+    """Return the most connections that the service held at once while the work went on, and its result."""
+    task = asyncio.ensure_future(work)
+    connection = await asyncpg.connect(ground.stack.postgres.url("postgres"))
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'credits-%'"
+    most = 0
+    while not task.done():
+        most = max(most, await connection.fetchval(sql))
+        await asyncio.sleep(SAMPLE_SECONDS)
+    await connection.close()
+    return most, task.result()
+
+
+def _show(console: Console, told: dict[str, Any]) -> None:
+    table = Table("what", "figure", "target", header_style="bold")
+    targets = {
+        "up_seconds": "≤ 10",
+        "ready_seconds": "≤ 30",
+        "connections_while_idle": "≤ 64",
+        "connections_under_load": "≤ 150",
+    }
+    for name, figure in told.items():
+        if name != "machine":
+            table.add_row(name.replace("_", " "), f"{figure:,}", targets.get(name, ""))
+    console.print(table)
