@@ -13,7 +13,8 @@ from bench import limits, machine, report, service
 from bench.ground import Ground
 from bench.scenarios import SCENARIOS, Scenario
 
-console = Console(stderr=False)
+# Narrower, the table can't be read.
+console = Console(width=max(Console().width, 120))
 PLAIN_COMMANDS = 3_000
 PLAIN_TASKS = 4
 
@@ -31,6 +32,8 @@ def main(
     """Measure the service on a stack of its own: about 20 minutes, with --quick 6."""
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     extent = service.QUICK if quick else service.FULL
+    if unknown := set(only.split(",")) - set(SCENARIOS):
+        raise typer.BadParameter(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     asyncio.run(
         _measure(
             Ground(workers=workers, batch_max=batch),

@@ -252,9 +252,9 @@ class Worker:
 
     def __init__(self, spec: Spec) -> None:
         self._spec = spec
-        self._pools: dict[tuple[str, int], asyncpg.Connection] = {}
+        self._connections: dict[tuple[str, int], asyncpg.Connection] = {}
+        self._places = {TopicPartition(topic, partition): n for n, (topic, partition, _) in enumerate(spec.starts)}
         self._left = spec.count
-        self._done = asyncio.Event()
 
     async def run(self) -> None:
         """Work until all messages are done."""
@@ -275,7 +275,7 @@ class Worker:
         finally:
             await self._consumer.stop()
             await self._producer.stop()
-            for connection in self._pools.values():
+            for connection in self._connections.values():
                 await connection.close()
 
     async def _work(self) -> None:
@@ -284,7 +284,7 @@ class Worker:
             fetched = await self._consumer.getmany(timeout_ms=1000, max_records=GROUP_MAX * self._spec.tasks)
             parts: dict[int, list[Record]] = {}
             for tp, records in fetched.items():
-                parts.setdefault(tp.partition % self._spec.tasks, []).extend(records)
+                parts.setdefault(self._places[tp] % self._spec.tasks, []).extend(records)
             await asyncio.gather(*(self._group(task, records) for task, records in parts.items()))
             if fetched:
                 await self._consumer.commit({tp: records[-1].offset + 1 for tp, records in fetched.items()})
@@ -303,9 +303,9 @@ class Worker:
         await asyncio.gather(*acknowledgements)
 
     async def _connection(self, merchant: str, task: int) -> asyncpg.Connection:
-        connection = self._pools.get((merchant, task))
+        connection = self._connections.get((merchant, task))
         if connection is None:
-            connection = self._pools[merchant, task] = await asyncpg.connect(self._spec.merchants[merchant][0])
+            connection = self._connections[merchant, task] = await asyncpg.connect(self._spec.merchants[merchant][0])
         return connection
 
 

@@ -1,4 +1,4 @@
-"""Documents per second: issued (numbered, hashed, committed) and rendered. Run it with ``python -m bench.documents``."""
+"""Documents per second, issued (numbered, hashed, committed) and rendered: ``python -m bench.documents``."""
 
 import asyncio
 import os

@@ -18,7 +18,7 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import murmur2
 
-from bench.scenarios import SCENARIOS, SOURCE, Command, now, setup
+from bench.scenarios import ALL, SOURCE, Command, now, setup
 
 TICK_SECONDS = 0.005
 BATCH_BYTES = 64 * 1024
@@ -47,7 +47,7 @@ Sendable = tuple[str, int, Command]  # topic, partition, command
 
 def load(spec: Spec) -> Iterator[Sendable]:
     """Return the commands, a pair of each merchant's in turn."""
-    scenario = SCENARIOS[spec.scenario]
+    scenario = ALL[spec.scenario]
     sources = [setup(scenario) if not spec.count else scenario.make(scenario, spec.run, 0) for _ in spec.merchants]
     names = dict(enumerate(spec.merchants))
     left = spec.count or sys.maxsize

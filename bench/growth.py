@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -14,22 +13,16 @@ from bench.figures import percentile
 from bench.ground import Ground
 from bench.history import Writer
 from bench.limits import secret_of
-from bench.scenarios import SCENARIOS, Scenario
+from bench.scenarios import GROWTH, MANY_LOTS, ONE_LOT, Scenario
 from console.local import prepare as make_token
 
 SHARES = (0, 0.1, 0.3, 0.6, 1)
 HEAVY_SHARE = 10  # one entry in so many is of one user
 HEAVY_USER = "user-0"
 REQUESTS = 400
-DRAIN = 20_000
 DRAINS = 3
 LOTS = 10_000
 LOT_CREDITS = 1_000
-
-GROWTH = replace(SCENARIOS["many_users"], name="growth", title="a growing ledger", commands=DRAIN)
-ONE_LOT = replace(SCENARIOS["hot_user"], name="one_lot", title="a user with one lot", commands=DRAIN)
-MANY_LOTS = replace(SCENARIOS["hot_user"], name="many_lots", title="a user with many lots", commands=DRAIN)
-SCENARIOS.update({scenario.name: scenario for scenario in (GROWTH, ONE_LOT, MANY_LOTS)})
 
 Say = Callable[[str], None]
 Point = dict[str, Any]
@@ -75,7 +68,7 @@ async def _settle_down(ground: Ground, merchant: str) -> None:
 
 
 async def _point(ground: Ground, merchant: str, token: str, entries: int, run: str, say: Say) -> Point:
-    served = service.Served(DRAIN)
+    served = service.Served(GROWTH.commands)
     for number in range(DRAINS):
         say(f"draining at {entries:,} entries, {number + 1} of {DRAINS}")
         await service.drain(ground, GROWTH, [merchant], served, f"{run}d{number}")
@@ -122,7 +115,7 @@ async def _lots(ground: Ground, say: Say) -> dict[str, Any]:
         async with ground.serving(merchants):
             await ground.register(merchants, scenario.partitions)
             await _catalogue_and_lots(ground, scenario, merchants)
-            served = service.Served(DRAIN)
+            served = service.Served(GROWTH.commands)
             for number in range(DRAINS):
                 await service.drain(ground, scenario, merchants, served, f"l{number}")
             rates[f"{scenario.name}_commands_per_second"] = round(served.commands_per_second)

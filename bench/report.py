@@ -76,15 +76,14 @@ def table(lines: dict[str, Line]) -> Table:
         "p50 ms",
         "p99 ms",
         "× plain",
-        "× plain, parallel",
+        "× plain in 4 tasks",
         "of PostgreSQL",
-        "worker/PG/Kafka/others",
-        "CPU µs each",
+        "CPU µs",
+        "others' cores",
     )
     for head in heads:
         shown.add_column(head, justify="right")
     for name, one in lines.items():
-        cores = "/".join(f"{one['cores'].get(part, 0):.2f}" for part in ("worker", "PostgreSQL", "Kafka", "others"))
         shown.add_row(
             SCENARIOS[name].title,
             f"{one['commands_per_second']:,}",
@@ -93,8 +92,8 @@ def table(lines: dict[str, Line]) -> Table:
             _times(one["ratio_to_baseline"]),
             _times(one["ratio_to_parallel_baseline"]),
             "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
-            cores,
             f"{sum(one['cpu_us_per_command'].values())}",
+            f"{one['cores'].get('others', 0):.2f}",
         )
     return shown
 

@@ -188,3 +188,10 @@ SCENARIOS = {
         Scenario("real_trace", "real trace", trace, users=TRACE_USERS),
     )
 }
+
+# Not in the table: for `--growth` and `--startup`.
+GROWTH = Scenario("growth", "a growing ledger", operations, commands=20_000)
+ONE_LOT = Scenario("one_lot", "a user with one lot", operations, users=1, commands=20_000)
+MANY_LOTS = Scenario("many_lots", "a user with many lots", operations, users=1, commands=20_000)
+STARTUP = Scenario("startup", "a start", operations, merchants=300, partitions=1, commands=30_000, users=3_000)
+ALL = SCENARIOS | {scenario.name: scenario for scenario in (GROWTH, ONE_LOT, MANY_LOTS, STARTUP)}

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -17,23 +16,11 @@ from rich.table import Table
 from bench import machine, service
 from bench.figures import check, rate
 from bench.ground import FOLDER, Ground, jars, results_topics
-from bench.scenarios import ROOT, SCENARIOS
+from bench.scenarios import ROOT, STARTUP
 
-MERCHANTS = 300
-COMMANDS_EACH = 100
 IDLE_SECONDS = 5
 SAMPLE_SECONDS = 0.1
 REGISTER_AT_ONCE = 50
-
-MANY = replace(
-    SCENARIOS["merchants_100"],
-    name="startup",
-    title="a start with many merchants",
-    merchants=MERCHANTS,
-    users=MERCHANTS * 10,
-    commands=MERCHANTS * COMMANDS_EACH,
-)
-SCENARIOS[MANY.name] = MANY
 
 Say = Callable[[str], None]
 
@@ -73,15 +60,15 @@ def _up() -> dict[str, float]:
 
 
 async def _many_merchants(ground: Ground, say: Say) -> dict[str, Any]:
-    merchants = service.merchants_of(MANY)
-    told: dict[str, Any] = {"merchants": MERCHANTS}
+    merchants = service.merchants_of(STARTUP)
+    told: dict[str, Any] = {"merchants": STARTUP.merchants}
     async with ground.serving([]):
         began = time.monotonic()
-        for first in range(0, MERCHANTS, REGISTER_AT_ONCE):
-            say(f"registering merchants, {first} of {MERCHANTS}")
-            await ground.register(merchants[first : first + REGISTER_AT_ONCE], MANY.partitions)
-        told["registration_seconds_each"] = round((time.monotonic() - began) / MERCHANTS, 2)
-        await service.prepare(ground, MANY, merchants)
+        for first in range(0, STARTUP.merchants, REGISTER_AT_ONCE):
+            say(f"registering merchants, {first} of {STARTUP.merchants}")
+            await ground.register(merchants[first : first + REGISTER_AT_ONCE], STARTUP.partitions)
+        told["registration_seconds_each"] = round((time.monotonic() - began) / STARTUP.merchants, 2)
+        await service.prepare(ground, STARTUP, merchants)
     say("starting a worker for them")
     began = time.monotonic()
     async with ground.serving([]):
@@ -98,12 +85,12 @@ async def _many_merchants(ground: Ground, say: Say) -> dict[str, Any]:
 
 
 async def _drain(ground: Ground, merchants: list[str]) -> service.Served:
-    served = service.Served(MANY.commands)
-    starts = await ground.ends(results_topics(merchants), MANY.partitions)
-    await ground.generate(MANY, merchants, MANY.commands, "load")
-    ends = await ground.wait(starts, MANY.commands, MANY.commands / service.COMMANDS_A_SECOND_MIN)
+    served = service.Served(STARTUP.commands)
+    starts = await ground.ends(results_topics(merchants), STARTUP.partitions)
+    await ground.generate(STARTUP, merchants, STARTUP.commands, "load")
+    ends = await ground.wait(starts, STARTUP.commands, STARTUP.commands / service.COMMANDS_A_SECOND_MIN)
     answers = await ground.answers(starts, ends)
-    check(answers, MANY.commands)
+    check(answers, STARTUP.commands)
     served.rates.append(rate(answers.times.values()))
     served.memory_mib = machine.memory_mib(ground.pids()["worker"])
     return served

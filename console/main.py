@@ -1,12 +1,14 @@
 """The command line ``credits``."""
 
 import asyncio
+import contextlib
 import json
 import os
+import time
 from collections.abc import Coroutine
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -61,11 +63,136 @@ def worker() -> None:
 
 
 @app.command()
-def migrate() -> None:
-    """Bring all databases to the newest schema."""
-    from merchants.schema import migrate as migrate_all
+def migrate(
+    check: Annotated[
+        bool, typer.Option("--check", help="Only tell which databases are behind; exit code 1 if any is.")
+    ] = False,
+) -> None:
+    """Bring all databases to the newest schema, several at a time; safe to run at any time, twice."""
+    from console.migrate import run
 
-    asyncio.run(migrate_all(control_url(), lambda name: console.print(f"{name}: up to date")))
+    raise typer.Exit(asyncio.run(run(control_url(), console, check=check)))
+
+
+@app.command()
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Show workers, merchants, lag, rates, errors and jobs on one screen."""
+    from console.status import run
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run(settings(), console, watch=watch))
+
+
+@app.command("backup")
+def back_up(
+    merchant: Annotated[str, typer.Argument(help="The merchant's id, or `control` for the control database.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; <merchant>-<time>.dump.")] = None,
+) -> None:
+    """Write a consistent dump of a merchant's database, while workers go on."""
+    from console.backup import backup
+    from console.processes import StackError
+
+    file = out or Path(f"{merchant}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.dump")
+    try:
+        asyncio.run(backup(control_url(), merchant, file))
+    except StackError as error:
+        _fail(error)
+    console.print(f"{file}: {file.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def restore(
+    merchant: Annotated[str, typer.Argument(help="The id of a suspended merchant.")],
+    dump: Annotated[Path, typer.Argument(help="A file made by `credits backup`.", exists=True, dir_okay=False)],
+) -> None:
+    """Restore a merchant's database, and bring it forward to all that was published since the dump."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from console import restore as restoring
+    from console.processes import StackError
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    try:
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("")
+            done = asyncio.run(
+                restoring.restore(
+                    settings(),
+                    merchant,
+                    dump,
+                    lambda what, at, total: bar.update(task, description=what, completed=at, total=total),
+                )
+            )
+    except StackError as error:
+        _fail(error)
+    for line in restoring.lines(done):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _fail(error: Exception) -> NoReturn:
+    console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+letters_app = typer.Typer(no_args_is_help=True, help="Messages that could not be read or decided.")
+app.add_typer(letters_app, name="dead-letters")
+_Place = Annotated[str, typer.Argument(help="topic/partition/offset, as `list` shows it.")]
+_Merchant = Annotated[str, typer.Argument(help="The merchant's id.")]
+
+
+@letters_app.command("list")
+def list_dead_letters(
+    merchant: _Merchant,
+    everything: Annotated[bool, typer.Option("--all", help="Also those that were redriven.")] = False,
+) -> None:
+    """List a merchant's dead letters."""
+    from rich.table import Table
+
+    from console.deadletters import list_letters
+    from console.processes import StackError
+
+    try:
+        letters = asyncio.run(list_letters(settings(), merchant, everything=everything))
+    except StackError as error:
+        _fail(error)
+    table = Table("place", "code", "noted", "redriven", "message", box=None, header_style="bold")
+    for letter in letters:
+        noted, redriven = (f"{at:%Y-%m-%d %H:%M:%S}" if at else "" for at in (letter.noted_at, letter.redriven_at))
+        table.add_row(letter.place, letter.code, noted, redriven, letter.message)
+    console.print(table if letters else "no dead letters")
+
+
+@letters_app.command("show")
+def show_dead_letter(merchant: _Merchant, place: _Place) -> None:
+    """Show a dead letter and the headers of its message; never the value, it may hold anything."""
+    from console.deadletters import show
+    from console.processes import StackError
+
+    try:
+        letter, shown = asyncio.run(show(settings(), merchant, place))
+    except StackError as error:
+        _fail(error)
+    pointer = {"place": letter.place, "code": letter.code, "message": letter.message, "sha256": letter.sha256.hex()}
+    console.print_json(json.dumps(pointer | shown))
+
+
+@letters_app.command("redrive")
+def redrive_dead_letters(
+    merchant: _Merchant,
+    places: Annotated[list[str], typer.Argument(help="topic/partition/offset, as `list` shows it.")],
+) -> None:
+    """Send messages again, each to its own topic under a new id, so that they are decided afresh."""
+    from console.deadletters import redrive
+    from console.processes import StackError
+
+    try:
+        ids = asyncio.run(redrive(settings(), merchant, places))
+    except StackError as error:
+        _fail(error)
+    for new_id in ids:
+        console.print(f"sent as {new_id}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -6,10 +6,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from merchants.schema import MigrationError, Step, merchant_ids, migrate, versions
+from merchants.schema import MigrationError, Step, migrate, versions
 from migrations import runner
-
-MERCHANT = "merchant"
 
 
 async def run(control_url: str, console: Console, *, check: bool = False) -> int:
@@ -43,10 +41,7 @@ def report(steps: Sequence[Step], *, changed: bool) -> Table:
             continue
         state = f"[red]{step.error}[/red]" if step.error else ("migrated" if changed else "[yellow]behind[/yellow]")
         table.add_row(step.database, step.before or "–", step.after or "–", state)
-    heads = f"control {runner.head('control')}, merchants {runner.head(MERCHANT)}"
+    heads = f"control {runner.head('control')}, merchants {runner.head('merchant')}"
     table.caption = f"{fine} of {len(steps)} databases {'were' if changed else 'are'} up to date ({heads})"
     table.caption_justify = "left"
     return table
-
-
-__all__ = ["merchant_ids", "report", "run"]

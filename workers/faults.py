@@ -69,16 +69,18 @@ class _Fault:
 
 
 _fault: _Fault | None = None
-_PLANTED = os.environ.get("CREDITS_PLANT")
+_planted: str | None = None
 
 
-def enable(setting: str | None) -> None:
-    """Set the fault of this process, none without a setting."""
-    global _fault
-    _fault = _Fault(setting) if setting else None
+def enable(fault: str | None, bug: str | None = None) -> None:
+    """Set the fault of this process and the bug planted in it, if any."""
+    global _fault, _planted
+    if bug and bug not in BUGS:
+        raise ValueError(f"CREDITS_PLANT names no bug: {bug}")
+    _fault, _planted = _Fault(fault) if fault else None, bug or None
 
 
-enable(os.environ.get("CREDITS_FAULT"))
+enable(os.environ.get("CREDITS_FAULT"), os.environ.get("CREDITS_PLANT"))
 
 
 async def point(name: str) -> None:
@@ -89,4 +91,4 @@ async def point(name: str) -> None:
 
 def planted(name: str) -> bool:
     """Tell whether a known bug was brought back on purpose."""
-    return name == _PLANTED
+    return name == _planted

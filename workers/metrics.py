@@ -122,6 +122,14 @@ class Metrics(Collector):
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """Return how many commands of each merchant were refused, by code, since the process started."""
+        found: dict[str, dict[str, int]] = {}
+        for (merchant, _, code), times in list(self._refusals.items()):
+            codes = found.setdefault(merchant, {})
+            codes[code] = codes.get(code, 0) + times
+        return found
+
     # What happens
 
     @contextmanager
@@ -344,6 +352,13 @@ SELECT
         FROM document_series s)
 """
 
+
+async def read_gauges(connection: AsyncConnection) -> dict[str, float]:
+    """Read what a merchant's database says of itself, by the names of the gauges without their prefix."""
+    row = (await fetch(connection, _READ_GAUGES))[0]
+    return dict(zip(_GAUGES, map(float, row), strict=True))
+
+
 # Each check names the accounts of which it does not hold; the identities of spec §3.
 _CHECKS = {
     "balance is the sum of entries": f"""
@@ -398,8 +413,7 @@ class Sampler:
         begun = time.monotonic()
         async with engine.connect() as connection:
             self.metrics.pool_waited(name, time.monotonic() - begun)
-            row = (await fetch(connection, _READ_GAUGES))[0]
-            gauges = dict(zip(_GAUGES, map(float, row), strict=True))
+            gauges = await read_gauges(connection)
             self.metrics.samples[name] = Sample(time.monotonic(), gauges)
             await self._check(connection, name)
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import logging
 import os
 import shutil
 import sys
@@ -81,6 +82,8 @@ def main() -> int:
         skip=options.skip,
     )
     console = Console()
+    # The clients' complaints about what is broken on purpose.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     for name in ("KAFKA_BOOTSTRAP_SERVERS", "CREDITS_CONTROL_DATABASE_URL", "CREDITS_FAULT"):
         os.environ.pop(name, None)
     shutil.rmtree(options.root, ignore_errors=True)

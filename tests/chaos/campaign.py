@@ -2,9 +2,7 @@
 
 import asyncio
 import itertools
-import json
 import random
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -12,14 +10,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from tests.chaos.cluster import PROJECT, Cluster
+from tests.chaos.cluster import Cluster
 from tests.chaos.faults import KINDS, Scene, Strike
 from tests.chaos.generator import CONFIG, PARTITIONS, PRODUCTS, RATES, UNITS, Ear, Json, Load, command
+from tests.chaos.judging import NoVerdictError, ask_judge
 
 RECOVERY_SECONDS_MAX = 120.0
 SETTLE_SECONDS_MAX = 150.0
@@ -48,6 +46,7 @@ class Report:
     strikes: list[tuple[str, Strike, float | None]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     exits: list[tuple[str, str]] = field(default_factory=list)
+    vain_starts: int = 0
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     sent: int = 0
@@ -89,6 +88,7 @@ class Report:
             },
             "skipped": self.skipped,
             "unplanned_exits": [{"during": during, "log": log} for during, log in self.exits],
+            "vain_starts": self.vain_starts,
             "failures": self.failures,
             "judge": judged,
         }
@@ -168,8 +168,11 @@ class Campaign:
             await asyncio.sleep(0.2)
             await asyncio.to_thread(self.cluster.look_after)
             for gone in self.cluster.exits:
-                self.report.exits.append((self._now, gone.log))
-                self._say(f"[yellow]{gone.worker} ended by itself[/yellow]", 0)
+                if gone.served:
+                    self.report.exits.append((self._now, gone.log))
+                    self._say(f"[yellow]{gone.worker} ended by itself[/yellow]", 0)
+                else:
+                    self.report.vain_starts += 1
             self.cluster.exits.clear()
 
     # Commands of our own
@@ -299,7 +302,10 @@ class Campaign:
             if worker.wanted and not await asyncio.to_thread(self.cluster.leave, name):
                 self.report.failures.append(f"{name} did not stop by itself at the end")
         self._say("judging", 0)
-        self.report.judged = await self._judge()
+        try:
+            self.report.judged = await ask_judge(self.cluster.bootstrap_servers, self.cluster.database_url())
+        except NoVerdictError as error:
+            self.report.failures.append(f"no verdict: {error}")
 
     async def _settle(self) -> bool:
         """Wait until everything sent is consumed, and nothing more comes for a while."""
@@ -327,21 +333,3 @@ class Campaign:
                 ends = await self._ear.end_offsets(list(committed))
                 return sum(ends[tp] - committed[tp].offset for tp in ends)
         return 1
-
-    async def _judge(self) -> Json:
-        postgres = self.cluster.database_url()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.chaos.judge",
-            self.cluster.bootstrap_servers,
-            postgres,
-            cwd=PROJECT,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        out, _ = await process.communicate()
-        if process.returncode not in (0, 1) or not out:
-            self.report.failures.append(f"the judge failed with exit code {process.returncode}")
-            return {}
-        judged: dict[str, Any] = json.loads(out)
-        return judged

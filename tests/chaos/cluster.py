@@ -50,10 +50,14 @@ class ProxiedKafka(Kafka):
 
 @dataclass
 class Exit:
-    """A worker that ended without having been told to."""
+    """A worker that ended without having been told to.
+
+    Attributes:
+        served: whether it had an assignment; one that finds no service when it starts ends at once.
+    """
 
     worker: str
-    code: int | None
+    served: bool
     log: str
 
 
@@ -65,8 +69,8 @@ class Worker:
     daemon: Daemon
     wanted: bool = False
     expected: bool = False  # its end was asked for
-    process: psutil.Process | None = None
     starts: list[float] = field(default_factory=list)
+    served: Callable[[], bool] = bool
 
 
 class Cluster:
@@ -188,9 +192,10 @@ class Cluster:
         environment = self.environment | {"CREDITS_WEB_PORT": str(free_port())}
         if fault:
             environment["CREDITS_FAULT"] = fault
-        program = os.environ.get("CREDITS_CHAOS_PROGRAM", "-m console.main worker").split()
-        worker.daemon.spawn([sys.executable, "-X", worker.daemon.mark, *program], env=environment, cwd=PROJECT)
-        worker.process = worker.daemon.find()
+        worker.served = self.watch_log(name, '"event": "assigned"')
+        worker.daemon.spawn(
+            [sys.executable, "-X", worker.daemon.mark, "-m", "console.main", "worker"], env=environment, cwd=PROJECT
+        )
         worker.wanted, worker.expected = True, fault is not None
         worker.starts.append(time.monotonic())
 
@@ -239,7 +244,7 @@ class Cluster:
             if len(worker.starts) > 1 and time.monotonic() - worker.starts[-1] < 1.5:
                 continue
             if not worker.expected:
-                self.exits.append(Exit(worker.name, None, tail(worker.daemon.log, 12)))
+                self.exits.append(Exit(worker.name, worker.served(), tail(worker.daemon.log, 12)))
             self.start_worker(worker.name)
 
     def server_ports(self, name: str) -> list[int]:

@@ -178,6 +178,9 @@ async def _at_point(scene: Scene, action: str) -> Strike:
     while not (happened := struck()) and loop.time() < end:
         await asyncio.sleep(0.05)
     failures = () if happened else (f"the point was not passed: {fault}",)
+    if action == "stop":
+        await asyncio.sleep(SESSION_SECONDS + scene.rng.uniform(1, 4))
+        scene.cluster.send_signal(worker, signal.SIGCONT)
     if action == "hang":
         await asyncio.sleep(scene.rng.uniform(0, 3))
         if scene.rng.random() < 0.5:
@@ -196,6 +199,11 @@ async def point_die(scene: Scene) -> Strike:
 async def point_hang(scene: Scene) -> Strike:
     """A worker hangs at a named place, and is stopped or killed."""
     return await _at_point(scene, "hang")
+
+
+async def point_stop(scene: Scene) -> Strike:
+    """A worker is stopped at a named place beyond its session, and goes on: a zombie that is about to write."""
+    return await _at_point(scene, "stop")
 
 
 async def point_raise(scene: Scene) -> Strike:
@@ -402,6 +410,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "worker paused": (worker_pause, 2),
     "death at a point": (point_die, 5),
     "hang at a point": (point_hang, 2),
+    "freeze at a point": (point_stop, 4),
     "trouble at a point": (point_raise, 3),
     "defect at a point": (point_break, 3),
     "broker killed": (broker_kill, 3),

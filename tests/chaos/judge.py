@@ -1,18 +1,19 @@
 """Says whether everything is right, from the topics and the databases alone; shares no code with the service.
 
-    python -m tests.chaos.judge BOOTSTRAP_SERVERS POSTGRES_URL
+    python -m tests.chaos.judge BOOTSTRAP_SERVERS CONTROL_DATABASE_URL [MERCHANT…]
 
 prints one JSON object. ``findings`` is empty when every accepted command has exactly one effect and every delivery at
 least one result, all results of one id are the same bytes, and balances, numbers and positions are as they must be.
 """
 
+import argparse
 import asyncio
 import hashlib
 import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
@@ -67,7 +68,7 @@ class Verdict:
         """Note something wrong."""
         self.findings[what] += count
         if len(self.examples[what]) < EXAMPLES:
-            self.examples[what].append(str(example)[:400])
+            self.examples[what].append(str(example)[:1500])
 
     def as_json(self) -> Json:
         """Return everything as a JSON object."""
@@ -160,14 +161,14 @@ class Merchant:
         database = "credits_m_" + self.name.replace("-", "_")
         connection = await asyncpg.connect(urlsplit(url)._replace(path=f"/{database}").geturl())
         try:
-            self.tables: dict[str, list[asyncpg.Record]] = {}
+            self.tables: dict[str, list[Json]] = {}
             for table in (
                 "accounts", "entries", "allocations", "lots", "debts", "operations", "purchases", "reversals",
                 "documents", "document_series", "parked", "positions",
             ):  # fmt: skip
-                self.tables[table] = await connection.fetch(f"SELECT * FROM {table}")
+                self.tables[table] = [dict(row) for row in await connection.fetch(f"SELECT * FROM {table}")]
             columns = "identity, type, topic, partition, kafka_offset, outcome, code, result IS NULL AS waiting"
-            self.tables["inbox"] = await connection.fetch(f"SELECT {columns} FROM inbox")
+            self.tables["inbox"] = [dict(row) for row in await connection.fetch(f"SELECT {columns} FROM inbox")]
         finally:
             await connection.close()
 
@@ -227,6 +228,8 @@ class Merchant:
             by_id: dict[str | None, set[bytes]] = defaultdict(set)
             for record, _ in answers:
                 by_id[header(record, "ce_id")].add(record.value)
+            if any(body.get("error", {}).get("code") == "internal_error" for _, body in answers):
+                self.wrong("a command was refused with internal_error", (named, answers[0][1]))
             contents = {(r.value, header(r, "ce_type"), r.topic) for r in deliveries}
             if len(by_id) > len(contents):
                 self.wrong("one message has results of several ids", (named, list(by_id)))
@@ -239,9 +242,9 @@ class Merchant:
     def _judge_order(self) -> None:
         """First results keep the order of their input partition, but for commands that may wait for others."""
         first: dict[Identity, tuple[int, int]] = {}
-        for named, answers in self.answers.items():
+        for answered, answers in self.answers.items():
             record = min((r for r, _ in answers), key=lambda r: r.offset)
-            first[named] = (record.partition, record.offset)
+            first[answered] = (record.partition, record.offset)
         last: dict[tuple[str, int], int] = {}
         for record in sorted(self.inputs, key=lambda r: (r.topic, r.partition, r.offset)):
             named = identity(record)
@@ -266,7 +269,7 @@ class Merchant:
         places = {(r.topic, r.partition, r.offset) for r in self.aborted}
         for row in self.tables["inbox"]:
             if (row["topic"], row["partition"], row["kafka_offset"]) in places:
-                self.wrong("an aborted message was applied", dict(row))
+                self.wrong("an aborted message was applied", row)
 
     def _judge_dead_letters(self) -> None:
         values: dict[tuple[str, int, int], set[bytes]] = defaultdict(set)
@@ -322,10 +325,10 @@ class Merchant:
             for body in {body["outcome"]: body for _, body in answers if body["outcome"] == "rejected"}.values():
                 for claimed, amount in claimed_entries({"effects": {}, "time_effects": body.get("time_effects", {})}):
                     claims[claimed].append((named, body["command_type"], amount))
-        for key, several in keys.items():
-            if len(several) > 1:
-                self.verdict.applied_twice += len(several) - 1
-                self.wrong("a command was applied twice", (key, several))
+        for used, users in keys.items():
+            if len(users) > 1:
+                self.verdict.applied_twice += len(users) - 1
+                self.wrong("a command was applied twice", (used, users))
         for claimed, several in claims.items():
             if len({named for named, _, _ in several}) > 1 and not all(t == "Lot.Expire" for _, t, _ in several):
                 self.wrong("an entry is claimed twice", (claimed, several))
@@ -334,10 +337,10 @@ class Merchant:
                 self.verdict.lost += 1
                 self.wrong("an effect is missing", (claimed, several))
             elif several[0][2] is not None and abs(row["amount"]) != several[0][2]:
-                self.wrong("an entry has another amount than its result says", (dict(row), several))
+                self.wrong("an entry has another amount than its result says", (row, several))
         for unclaimed in entries.keys() - claims.keys():
             self.verdict.applied_twice += 1
-            self.wrong("an entry belongs to no result", dict(entries[unclaimed]))
+            self.wrong("an entry belongs to no result", entries[unclaimed])
 
     def _judge_amounts(self) -> None:
         """Recompute what each command is worth from its own content and the catalogue's commands."""
@@ -373,7 +376,7 @@ class Merchant:
 
     def _judge_reversals(self, products: Mapping[str, Json]) -> None:
         """Parts of a purchase never exceed it, in money and in credits, and the whole takes all of it."""
-        standing: dict[str, list[asyncpg.Record]] = defaultdict(list)
+        standing: dict[str, list[Json]] = defaultdict(list)
         won = set()
         for row in self.tables["reversals"]:
             standing[row["external_ref"]].append(row)
@@ -392,7 +395,7 @@ class Merchant:
 
     def _judge_ledger(self) -> None:
         """Replay every account's entries: no hole, right running sums, the same balance in table and results."""
-        by_account: dict[int, list[asyncpg.Record]] = defaultdict(list)
+        by_account: dict[int, list[Json]] = defaultdict(list)
         for row in self.tables["entries"]:
             by_account[row["account_id"]].append(row)
         self.balances: dict[tuple[str, int], int] = {}
@@ -407,22 +410,28 @@ class Merchant:
                 if balance != row["balance_after"]:
                     self.wrong("a running balance is wrong", (account["user_id"], row["user_seq"]))
             if (balance, len(entries)) != (account["balance"], account["last_seq"]):
-                self.wrong("a balance is not the sum of entries", (dict(account), balance))
+                self.wrong("a balance is not the sum of entries", (account, balance))
         for orphan in by_account:
             self.wrong("entries have no account", orphan)
+        erased = {
+            payload["user_id"]
+            for named, body in self._originals()
+            if body["command_type"] == "User.Erase"
+            for payload in self._payloads(named)
+        }
         for named, answers in self.answers.items():
             body = answers[0][1]
-            if "balance" in body and "user_id" in body:
+            if "balance" in body and "user_id" in body and body["user_id"] not in erased:
                 known = self.balances.get((body["user_id"], body["user_seq"]), 0 if body["user_seq"] == 0 else None)
                 if known != body["balance"]:
                     self.wrong("a result has another balance than the ledger", (named, body, known))
 
     def _judge_lots(self) -> None:
         """Recompute what remains of each lot and what is owed, from the entries alone: first in, first out."""
-        owned: dict[int, list[asyncpg.Record]] = defaultdict(list)
+        owned: dict[int, list[Json]] = defaultdict(list)
         for row in self.tables["lots"]:
             owned[row["account_id"]].append(row)
-        by_account: dict[int, list[asyncpg.Record]] = defaultdict(list)
+        by_account: dict[int, list[Json]] = defaultdict(list)
         for row in self.tables["entries"]:
             by_account[row["account_id"]].append(row)
         commands = {row["command"]: row["external_ref"] for row in self.tables["reversals"]}
@@ -442,7 +451,7 @@ class Merchant:
 
     def _judge_documents(self) -> None:
         """Numbers have no gap and rise with time; each purchase has one receipt; all of them came out, unchanged."""
-        series: dict[tuple[str, int], list[asyncpg.Record]] = defaultdict(list)
+        series: dict[tuple[str, int], list[Json]] = defaultdict(list)
         for row in self.tables["documents"]:
             series[row["prefix"], row["year"]].append(row)
         for key, rows in series.items():
@@ -473,7 +482,7 @@ class Merchant:
 
     def _judge_operations(self) -> None:
         """A user's operations never overlap, and at most one is open."""
-        by_account: dict[int, list[asyncpg.Record]] = defaultdict(list)
+        by_account: dict[int, list[Json]] = defaultdict(list)
         for row in self.tables["operations"]:
             if row["state"] != "refused":
                 by_account[row["account_id"]].append(row)
@@ -486,7 +495,7 @@ class Merchant:
             for one, next_one in pairwise(rows):
                 ended = one["closed_at"] if one["state"] != "timed_out" else one["expires_at"]
                 if ended is None or ended > next_one["opened_at"]:
-                    self.wrong("operations overlap", (dict(one), dict(next_one)))
+                    self.wrong("operations overlap", (one, next_one))
         known = {row["operation_id"] for row in self.tables["operations"]}
         for named, body in self._originals():
             if body["command_type"] == "Operation.Open" and self._payload(named)["operation_id"] not in known:
@@ -503,9 +512,9 @@ class Merchant:
         for place, end in ends.items():
             row = positions.get(place)
             if row is None or row["applied_next"] < end:
-                self.wrong("a partition is not applied to its end", (place, end, row and dict(row)))
+                self.wrong("a partition is not applied to its end", (place, end, row))
             elif row["published_next"] != row["applied_next"]:
-                self.wrong("a partition is not noted as published", (place, dict(row)))
+                self.wrong("a partition is not noted as published", (place, row))
         rows = sum(not row["waiting"] for row in self.tables["inbox"])
         answered = sum(len({header(record, "ce_id") for record, _ in found}) for found in self.answers.values())
         if rows != answered:
@@ -515,7 +524,7 @@ class Merchant:
         for row in self.tables["parked"]:
             there = by_key if row["dependency_kind"] == "operation" else bought
             if row["dependency_key"] in there:
-                self.wrong("a command still waits for what is there", dict(row))
+                self.wrong("a command still waits for what is there", row)
 
 
 def entry_id(row: Mapping[str, Any]) -> str:
@@ -562,21 +571,36 @@ def replay(
     return remaining, debt
 
 
-async def main(servers: str, postgres_url: str) -> int:
-    """Judge all merchants of a control database; return 0 when nothing is wrong."""
-    connection = await asyncpg.connect(postgres_url)
-    try:
-        names = [row[0] for row in await connection.fetch("SELECT merchant_id FROM merchants ORDER BY 1")]
-    finally:
-        await connection.close()
+async def judge(servers: str, control_url: str, names: Sequence[str], repeats_max: int | None) -> Verdict:
+    """Judge merchants of a control database, all of them if none is named."""
+    if not names:
+        connection = await asyncpg.connect(control_url)
+        try:
+            names = [row[0] for row in await connection.fetch("SELECT merchant_id FROM merchants ORDER BY 1")]
+        finally:
+            await connection.close()
     verdict = Verdict()
     for name in names:
         merchant = Merchant(name, verdict)
-        await merchant.load(servers, postgres_url)
+        await merchant.load(servers, control_url)
         merchant.judge()
+    if repeats_max is not None and verdict.results_repeated > repeats_max:
+        verdict.find("more results were repeated than unfinished batches had", verdict.results_repeated)
+    return verdict
+
+
+def main() -> int:
+    """Judge, print the verdict, and return 0 when nothing is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.judge", description=__doc__)
+    parser.add_argument("servers")
+    parser.add_argument("control_url")
+    parser.add_argument("merchants", nargs="*")
+    parser.add_argument("--repeats-max", type=int)
+    options = parser.parse_args()
+    verdict = asyncio.run(judge(options.servers, options.control_url, options.merchants, options.repeats_max))
     print(json.dumps(verdict.as_json(), default=str))
     return 1 if verdict.findings else 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(*sys.argv[1:3])))
+    sys.exit(main())

@@ -22,10 +22,12 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.structs import ConsumerRecord
 
 from tests.chaos.generator import CONFIG, Json, Message, command, now
+from tests.chaos.judging import ask_judge
 from workers.faults import POINTS
 
-MERCHANT = "points"
 CASE_SECONDS_MAX = 30.0
+# An exception where none is caught, after the commit, ends the process: what it did not finish is delivered again.
+EXIT_CODES = {"die": (137,), "hang": (-signal.SIGKILL,), "raise": (0, 1), "break": (0, 1)}
 JUSTIFIED = {"justification": "chaos", "actor": "chaos"}
 ACTOR = {"actor": "chaos"}
 
@@ -44,7 +46,7 @@ class Case:
 
 def _purchase(name: str, **more: Any) -> Json:
     snapshot = {"country": "AM", "amount": "10.00", "currency": "USD"}
-    payload = {"user_id": f"user-{name}", "external_ref": f"ch-{name}", "product_code": "pack100"}
+    payload: Json = {"user_id": f"user-{name}", "external_ref": f"ch-{name}", "product_code": "pack100"}
     payload |= {"payment_method": "card", "order_placed_at": now(), "settled_at": now(), "pricing_snapshot": snapshot}
     return payload | more
 
@@ -165,8 +167,10 @@ class Delivery:
     """Records for one process, in batches, and what shall happen to it."""
 
     batches: tuple[tuple[ConsumerRecord, ...], ...]
-    fault: str | None
+    merchant: str
     generation: int
+    fault: str | None
+    bug: str | None
 
 
 def all_cases() -> list[Case]:
@@ -183,7 +187,7 @@ def work(servers: str, control_url: str, delivery: Delivery, stderr: Connection)
     from workers.logs import configure_logging
 
     configure_logging("INFO")
-    faults.enable(delivery.fault)
+    faults.enable(delivery.fault, delivery.bug)
     asyncio.run(_work(servers, control_url, delivery))
 
 
@@ -196,7 +200,7 @@ async def _work(servers: str, control_url: str, delivery: Delivery) -> None:
 
     engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
     async with engine.connect() as connection:
-        merchant = await merchants.registry.find(connection, MERCHANT)
+        merchant = await merchants.registry.find(connection, delivery.merchant)
     assert merchant is not None
     publisher, pools = Publisher(servers), create_pools(1)
     await publisher.start()
@@ -205,9 +209,9 @@ async def _work(servers: str, control_url: str, delivery: Delivery) -> None:
     partitions = {TopicPartition(r.topic, r.partition) for batch in delivery.batches for r in batch}
     lease = Lease(delivery.generation, f"process-{os.getpid()}", partitions, object())
     for batch in delivery.batches:
-        outcome = await pipeline.process(MERCHANT, list(batch), lease)
+        outcome = await pipeline.process(delivery.merchant, list(batch), lease)
         lease.first -= outcome.commit.keys() - outcome.seek.keys()
-    await pipeline.idle(MERCHANT, partitions, lease)
+    await pipeline.idle(delivery.merchant, partitions, lease)
     await publisher.stop()
     await pools.close()
 
@@ -231,15 +235,20 @@ class Child:
 
 @dataclass
 class Points:
-    """Runs cases, on services with the merchant `points`.
+    """Runs cases for one merchant of a control database.
 
     Attributes:
+        bug: planted in the processes.
         failures: what went wrong on the way; the judge has the last word.
+        repeats_max: so many results may be repeated: those of batches that were published and not noted so.
     """
 
     servers: str
     control_url: str
+    merchant: str = "points"
+    bug: str | None = None
     failures: list[str] = field(default_factory=list)
+    repeats_max: int = 0
 
     def __post_init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -272,7 +281,7 @@ class Points:
         async with engine.begin() as connection:
             merchant = await merchants.registry.reserve(
                 connection,
-                MERCHANT,
+                self.merchant,
                 database_url=merchants.registry.server_url(self.control_url),
                 partitions=1,
                 simulated=False,
@@ -281,20 +290,27 @@ class Points:
             )
         config = MerchantConfig.model_validate(CONFIG)
         await merchants.registry.provision(self.control_url, merchant, config, "chaos")
-        await ensure_topics(self.servers, merchant_topics(MERCHANT, 1))
+        await ensure_topics(self.servers, merchant_topics(self.merchant, 1))
         async with engine.begin() as connection:
-            await merchants.registry.set_state(connection, MERCHANT, "active")
+            await merchants.registry.set_state(connection, self.merchant, "active")
         prices = [{"country": "*", "currency": "USD", "amount": "10.00"}]
         pack = {"product_code": "pack100", "title": "p", "credits": 100, "access_period_days": 30, "prices": prices}
         gift = {"product_code": "gift", "title": "g", "credits": 5, "access_period_days": 30}
         rate = {"operation_code": "llm", "display_name": "o", "resource_unit": "TOKEN", "credits_per_unit": "0.01"}
         gift |= {"distribution": "grant", "grant_policy": "apply_on_signup"}
-        made = [("Product.Create", pack | {"distribution": "sellable"} | ACTOR), ("Product.Create", gift | ACTOR)]
+        made: list[tuple[str, Json]] = [
+            ("Product.Create", pack | {"distribution": "sellable"} | ACTOR),
+            ("Product.Create", gift | ACTOR),
+        ]
         made.append(("OperationType.CreateWithArchival", rate | ACTOR))
         await self.deliver(await self.send([self._message(type_, payload) for type_, payload in made]))
 
+    async def judge(self) -> Json:
+        """Return the judge's verdict."""
+        return await ask_judge(self.servers, self.control_url, merchants=[self.merchant], repeats_max=self.repeats_max)
+
     def _message(self, type_: str, payload: Json) -> Message:
-        return command(MERCHANT, type_, payload, f"c-{next(self._numbers)}")
+        return command(self.merchant, type_, payload, f"c-{next(self._numbers)}")
 
     async def send(self, messages: Iterable[Message]) -> tuple[ConsumerRecord, ...]:
         """Send messages, and return the records that come of them."""
@@ -320,7 +336,8 @@ class Points:
     def start(self, batches: Sequence[Sequence[ConsumerRecord]], fault: str | None = None) -> Child:
         """Start a process that works on batches."""
         ours, theirs = self._context.Pipe(duplex=False)
-        delivery = Delivery(tuple(map(tuple, batches)), fault, next(self._generation))
+        made = tuple(map(tuple, batches))
+        delivery = Delivery(made, self.merchant, next(self._generation), fault, self.bug)
         process = self._context.Process(target=work, args=(self.servers, self.control_url, delivery, theirs))
         process.start()
         theirs.close()
@@ -336,17 +353,17 @@ class Points:
             await asyncio.sleep(0.005)
         return True
 
-    async def finish(self, child: Child, what: str, *, code: int | None = 0) -> None:
-        """Wait for the end of a process."""
+    async def finish(self, child: Child, what: str, *, codes: Sequence[int] = (0,)) -> None:
+        """Wait for the end of a process, which must have one of these exit codes."""
         process = child.process
         ended = await self.wait(child, lambda: child.says("\0") or not process.is_alive(), f"{what}: no end")
         if not ended:
             process.kill()
         process.join()
         child.says("")
-        if ended and code is not None and process.exitcode != code:
+        if ended and process.exitcode not in codes:
             text = child.text.decode(errors="replace")[-2000:]
-            self.failures.append(f"{what}: exit code {process.exitcode} instead of {code}: {text}")
+            self.failures.append(f"{what}: exit code {process.exitcode}: {text}")
         child.said.close()
         process.close()
 
@@ -370,8 +387,10 @@ class Points:
             child.process.kill()
         if case.action == "hang":
             child.process.kill()
-        expected = {"die": 137, "hang": -signal.SIGKILL, "raise": 0, "break": 0}[case.action]
-        await self.finish(child, str(case), code=expected)
+        await self.finish(child, str(case), codes=EXIT_CODES[case.action])
+        if case.point == "after_publish":
+            # The batch, and what it released.
+            self.repeats_max += len(records) + len(before)
         await self.deliver(records)
 
     async def run_zombie(self, point: str) -> None:
@@ -391,5 +410,6 @@ class Points:
         # It is dropped for good only when its lease ends, which nobody does here: what it does until then counts.
         while time.monotonic() < end and not child.says("a batch is dropped") and child.process.is_alive():
             await asyncio.sleep(0.01)
+        self.repeats_max += 1
         child.process.kill()
-        await self.finish(child, f"zombie at {point}", code=None)
+        await self.finish(child, f"zombie at {point}", codes=EXIT_CODES["hang"])

@@ -18,7 +18,7 @@ from aiokafka.structs import ConsumerRecord
 
 Json = dict[str, Any]
 
-WAIT_SECONDS_MAX = 8.0
+WAIT_SECONDS_MAX = 30.0
 JSON = "application/json"
 STRUCTURED = "application/cloudevents+json"
 AVRO = "application/avro"
@@ -105,7 +105,7 @@ def encode_avro(type_: str, payload: Json) -> bytes:
 def decode_avro(value: bytes) -> Json:
     """Decode Avro single-object encoding; nulls are the same as absent."""
     assert value[:2] == b"\xc3\x01"
-    decoded: Json = fastavro.schemaless_reader(BytesIO(value[10:]), _SCHEMAS_BY_FINGERPRINT[value[2:10]], None)
+    decoded = fastavro.schemaless_reader(BytesIO(value[10:]), _SCHEMAS_BY_FINGERPRINT[value[2:10]], None)
     without: Json = without_nulls(decoded)
     return without
 
@@ -197,7 +197,7 @@ class Bus:
         self._bootstrap_servers = bootstrap_servers
         self.topics: dict[str, list[Received]] = defaultdict(list)
         self._results: dict[tuple[str, str, str], list[Received]] = defaultdict(list)
-        self._wanted: set[str] = set()
+        self._wanted: dict[str, int] = {}
         self._news = asyncio.Condition()
         self._watched = asyncio.Event()
 
@@ -223,29 +223,24 @@ class Bus:
         await self.consumer.stop()
         await self.producer.stop()
 
-    async def watch(self, *topics: str) -> None:
+    async def watch(self, *topics: str, partitions: int) -> None:
         """Listen to topics that exist, from their beginning."""
-        self._wanted |= set(topics)
+        self._wanted |= dict.fromkeys(topics, partitions)
         self._watched.clear()
         await asyncio.wait_for(self._watched.wait(), WAIT_SECONDS_MAX)
 
-    async def _assign(self) -> None:
-        partitions: set[TopicPartition] = set()
-        for topic in self._wanted:
-            numbers = await self.consumer._client._wait_on_metadata(topic) or set()
-            partitions |= {TopicPartition(topic, number) for number in numbers}
-        known = set(self.consumer.assignment())
-        if partitions - known:
-            positions = {partition: self._next.get(partition, 0) for partition in partitions}
-            self.consumer.assign(list(partitions))
-            for partition, position in positions.items():
-                self.consumer.seek(partition, position)
+    def _assign(self) -> None:
+        partitions = [TopicPartition(topic, number) for topic, n in self._wanted.items() for number in range(n)]
+        self.consumer.assign(partitions)
+        # A new assignment forgets where we were.
+        for partition in partitions:
+            self.consumer.seek(partition, self._next.get(partition, 0))
 
     async def _listen(self) -> None:
         self._next: dict[TopicPartition, int] = {}
         while True:
             if not self._watched.is_set():
-                await self._assign()
+                self._assign()
                 self._watched.set()
             if not self.consumer.assignment():
                 await asyncio.sleep(0.01)
@@ -314,7 +309,8 @@ class Bus:
             headers=headers,
             partition=partition,
         )
-        return await sending()
+        sent: Sent = await sending()
+        return sent
 
     async def post(
         self,
@@ -379,7 +375,7 @@ class Bus:
     async def register(self, *, simulated: bool = False, partitions: int | None = 1, **config: Any) -> "Merchant":
         """Register a new merchant and listen to its topics."""
         merchant_id = "m" + uuid.uuid4().hex[:10]
-        merchant = Merchant(self, merchant_id, CONFIG | config)
+        merchant = Merchant(self, merchant_id, CONFIG | config, partitions or 4)
         payload: Json = {"merchant_id": merchant_id, "config": merchant.config}
         if partitions is not None:
             payload["partitions"] = partitions
@@ -408,8 +404,9 @@ def completed(type_: str, payload: Json) -> Json:
 class Merchant:
     """One merchant, seen from outside."""
 
-    def __init__(self, bus: Bus, merchant_id: str, config: Json) -> None:
+    def __init__(self, bus: Bus, merchant_id: str, config: Json, partitions: int) -> None:
         self.bus = bus
+        self.partitions = partitions
         self.id = merchant_id
         self.config = config
         self.ahead = timedelta()
@@ -420,7 +417,7 @@ class Merchant:
 
     async def watch(self) -> None:
         """Listen to its output topics."""
-        await self.bus.watch(*map(self.topic, ("results", "receipts", "dead-letter")))
+        await self.bus.watch(*map(self.topic, ("results", "receipts", "dead-letter")), partitions=self.partitions)
 
     def now(self, seconds: float = 0) -> str:
         """Return the merchant's time, some seconds later or earlier."""
@@ -456,9 +453,14 @@ class Merchant:
         return [(await self.bus.results(one))[-1].body for one in sent]
 
     async def stock(self) -> None:
-        """Create what most tests need: a product `pack` (100 credits, USD 10.00) and a type `llm` (1 credit a TOKEN)."""
+        """Create a product `pack` (100 credits, USD 10.00) and an operation type `llm` (1 credit a TOKEN)."""
         await self.sellable("pack")
         await self.rate("llm")
+
+    async def configure(self, **changes: Any) -> None:
+        """Put a configuration in force that differs from the usual one in these members."""
+        config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
+        await self.applied("Merchant.Configure", config=config)
 
     async def sellable(self, code: str, credits: int = 100, amount: str = "10.00", days: int = 30, **more: Any) -> Json:
         """Create a sellable product with one price, for everywhere, in USD."""

@@ -63,22 +63,30 @@ async def bus(running: Running) -> AsyncIterator[Bus]:
     """Return the client."""
     bus = Bus(running.services.kafka_bootstrap_servers)
     await bus.start()
-    await bus.watch(CONTROL_RESULTS)
+    await bus.watch(CONTROL_RESULTS, partitions=1)
     yield bus
     await bus.stop()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shop(bus: Bus) -> Merchant:
-    """Return a merchant for the tests of one module, with a product and an operation type."""
+    """Return a merchant with a product and an operation type, for all tests."""
     merchant = await bus.register()
     await merchant.stock()
     return merchant
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def simulated(bus: Bus) -> Merchant:
-    """Return a merchant with a test clock for the tests of one module, with a product and an operation type."""
+    """Return a merchant with a test clock, a product and an operation type, for all tests."""
+    merchant = await bus.register(simulated=True)
+    await merchant.stock()
+    return merchant
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def changeable(bus: Bus) -> Merchant:
+    """Return a merchant like `simulated` for tests that begin with a configuration of their own."""
     merchant = await bus.register(simulated=True)
     await merchant.stock()
     return merchant

@@ -6,7 +6,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-import pytest_asyncio
 
 from tests.e2e.blackbox import AVRO, Bus, Json, Merchant, Sent, completed, name
 from tests.e2e.conftest import Running
@@ -16,13 +15,6 @@ CARD = "4111111111111111"
 SPACED = "4111 1111 1111 1111"
 DASHED = "5500-0000-0000-0004"
 BARE = ("4111111111111111", "5500000000000004")
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def shop(bus: Bus) -> Merchant:
-    merchant = await bus.register()
-    await merchant.stock()
-    return merchant
 
 
 class Surrounded:
@@ -302,12 +294,12 @@ async def test_a_configured_pattern_allows_digits_in_a_reference(bus: Bus, user:
     shop = await bus.register(external_ref_patterns={"card": "[0-9]{16}"})
     await shop.stock()
     await shop.buy(user(), external_ref="4242424242424242")
-    await shop.refused("sensitive_data", "Purchase.Settled", shop.purchase(user(), external_ref=CARD, payment_method="x"))
+    await shop.refused(
+        "sensitive_data", "Purchase.Settled", shop.purchase(user(), external_ref=CARD, payment_method="x")
+    )
 
 
-async def test_no_card_number_and_no_erased_user_is_left_anywhere(
-    bus: Bus, running: Running, user: MakeUser
-) -> None:
+async def test_no_card_number_and_no_erased_user_is_left_anywhere(bus: Bus, running: Running, user: MakeUser) -> None:
     shop = await bus.register()
     await shop.stock()
     erased, other = f"erased-by-name-{name()}", user()
@@ -383,7 +375,9 @@ async def database_of(running: Running, merchant: Merchant) -> str:
     """Find the merchant's database by its name."""
     connection = await asyncpg.connect(running.services.postgres_url)
     try:
-        found = await connection.fetch("SELECT datname FROM pg_database WHERE datname LIKE '%' || $1 || '%'", merchant.id)
+        found = await connection.fetch(
+            "SELECT datname FROM pg_database WHERE datname LIKE '%' || $1 || '%'", merchant.id
+        )
     finally:
         await connection.close()
     assert len(found) == 1, found

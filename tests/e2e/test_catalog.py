@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from tests.e2e.blackbox import Bus, Json, Merchant, name, parse_time
+from tests.e2e.blackbox import Json, Merchant, name, parse_time
 
 MakeUser = Callable[[], str]
 
@@ -177,9 +177,7 @@ async def test_a_new_rate_ends_the_one_before_it_and_open_operations_keep_theirs
     assert (await shop.use(other, "10", code))["balance"] == 970
 
 
-async def test_rates_change_on_time_and_a_scheduled_one_can_be_withdrawn(
-    simulated: Merchant, user: MakeUser
-) -> None:
+async def test_rates_change_on_time_and_a_scheduled_one_can_be_withdrawn(simulated: Merchant, user: MakeUser) -> None:
     code, someone = name("o"), user()
     await simulated.grant(someone, 1000)
     await simulated.rate(code, "1")
@@ -199,9 +197,7 @@ async def test_rates_change_on_time_and_a_scheduled_one_can_be_withdrawn(
     assert (await simulated.use(someone, "10", code))["balance"] == 950
 
 
-async def test_archiving_the_active_rate_leaves_a_scheduled_one_standing(
-    simulated: Merchant, user: MakeUser
-) -> None:
+async def test_archiving_the_active_rate_leaves_a_scheduled_one_standing(simulated: Merchant, user: MakeUser) -> None:
     code, someone = name("o"), user()
     await simulated.grant(someone, 1000)
     await simulated.rate(code, "1")
@@ -213,13 +209,17 @@ async def test_archiving_the_active_rate_leaves_a_scheduled_one_standing(
     assert (await simulated.use(someone, "10", code))["balance"] == 950
 
 
-async def test_configurations_compare_and_set(bus: Bus) -> None:
-    shop = await bus.register()
-    config = shop.config | {"retention_years": 6}
-    assert (await shop.applied("Merchant.Configure", config=config, expected_version=1))["effects"]["version"] == 2
-    await shop.refused("version_conflict", "Merchant.Configure", config=config | {"retention_years": 8}, expected_version=1)
+async def test_configurations_compare_and_set(changeable: Merchant) -> None:
+    shop = changeable
+    config = shop.config | {"legal_name": name("Acme")}
+    first = (await shop.applied("Merchant.Configure", config=config))["effects"]["version"]
+    second = config | {"retention_years": 6}
+    result = await shop.applied("Merchant.Configure", config=second, expected_version=first)
+    assert result["effects"]["version"] == first + 1
+    third = config | {"retention_years": 8}
+    await shop.refused("version_conflict", "Merchant.Configure", config=third, expected_version=first)
     # What is already in force is applied and changes nothing.
-    assert (await shop.applied("Merchant.Configure", config=config))["effects"]["version"] == 2
+    assert (await shop.applied("Merchant.Configure", config=second))["effects"]["version"] == first + 1
     same = config | {"credit_note_series_prefix": config["receipt_series_prefix"]}
     assert (await shop.do("Merchant.Configure", config=same))["outcome"] == "rejected"
     for change in ({"tax_regime": "none2"}, {"time_zone": "Mars/Base"}, {"country": "XX"}, {"late_close": "maybe"}):

@@ -112,7 +112,10 @@ async def test_the_same_business_key_with_other_content_is_a_conflict_that_names
     members = shop.purchase(user())
     sent = await shop.send("Purchase.Settled", members)
     await shop.bus.results(sent)
-    changed = members | {"pricing_snapshot": members["pricing_snapshot"] | {"country": "US"}, "payment_method": "paypal"}
+    changed = members | {
+        "pricing_snapshot": members["pricing_snapshot"] | {"country": "US"},
+        "payment_method": "paypal",
+    }
     result = await shop.refused("idempotency_conflict", "Purchase.Settled", changed)
     assert sorted(result["error"]["details"]["fields"]) == ["payment_method", "pricing_snapshot.country"]
     assert result["error"]["details"]["first"] == {"command_source": sent.source, "command_id": sent.id}

@@ -10,9 +10,8 @@ MakeUser = Callable[[], str]
 DAY = 86_400
 
 
-async def test_the_worked_example(bus: Bus, user: MakeUser) -> None:
-    shop, someone = await bus.register(simulated=True), user()
-    await shop.stock()
+async def test_the_worked_example(simulated: Merchant, user: MakeUser) -> None:
+    shop, someone = simulated, user()
     await shop.sellable("c", 100, days=10)
     await shop.grant(someone, 10, days=60)
     await shop.grant(someone, 100, days=60)
@@ -35,7 +34,7 @@ async def test_the_worked_example(bus: Bus, user: MakeUser) -> None:
 
 async def test_debits_take_from_the_oldest_lot_first(simulated: Merchant, user: MakeUser) -> None:
     someone = user()
-    first = await simulated.grant(someone, 10, days=2)
+    await simulated.grant(someone, 10, days=2)
     await simulated.grant(someone, 10, days=1)
     await simulated.use(someone, "13")
     # The first lot is empty, of the second 7 are left: only they expire.
@@ -61,17 +60,20 @@ async def test_time_effects_are_told_once_by_the_command_that_wrote_them(simulat
     written = [
         one.body
         for one in simulated.said("results")
-        if one.body["command_type"] == "Lot.Expire" and one.body["effects"].get("lot_id") == granted["effects"]["lot_id"]
+        if one.body["command_type"] == "Lot.Expire"
+        and one.body["effects"].get("lot_id") == granted["effects"]["lot_id"]
     ]
     assert len(told) + len(written) >= 1
     assert len(told) <= 1
     assert result["balance"] == 5
 
 
-async def test_what_is_due_is_written_even_when_the_command_is_refused(bus: Bus, user: MakeUser) -> None:
+async def test_what_is_due_is_written_even_when_the_command_is_refused(
+    bus: Bus, changeable: Merchant, user: MakeUser
+) -> None:
     """Suspended, no job gets in between: the refused command itself must write the expiry."""
-    shop, someone = await bus.register(simulated=True), user()
-    await shop.stock()
+    shop, someone = changeable, user()
+    await shop.configure()
     granted = await shop.grant(someone, 10, days=1)
     operation_id = await shop.open(someone)
     await bus.control("Merchant.Suspend", {"merchant_id": shop.id})
@@ -230,20 +232,21 @@ async def test_closes_are_refused_for_the_right_reason(shop: Merchant, user: Mak
 
 
 @pytest.mark.parametrize("policy", ["refuse", "debit"])
-async def test_a_late_close_follows_the_policy(bus: Bus, user: MakeUser, policy: str) -> None:
-    shop, someone = await bus.register(simulated=True, late_close=policy), user()
-    await shop.stock()
+async def test_a_late_close_follows_the_policy(changeable: Merchant, user: MakeUser, policy: str) -> None:
+    shop, someone = changeable, user()
+    await shop.configure(late_close=policy)
     await shop.grant(someone, 100, days=60)
     operation_id = await shop.open(someone)
     await shop.advance(16 * 60)
 
     def timed_out() -> bool:
         return any(
-            one.body["command_type"] == "Operation.Expire" and one.body["outcome"] == "applied"
+            (one.body["command_type"], one.body.get("user_id"), one.body["outcome"])
+            == ("Operation.Expire", someone, "applied")
             for one in shop.said("results")
         )
 
-    await bus.until("the timeout by the job", timed_out)
+    await shop.bus.until("the timeout by the job", timed_out)
     # The slot is free.
     second = await shop.open(someone)
     late = shop.closing(someone, operation_id, "30")

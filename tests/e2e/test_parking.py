@@ -82,9 +82,7 @@ async def test_refunds_and_chargebacks_before_their_purchase_wait_in_order(shop:
     assert [one["balance"] for one in results] == [40, 40, 0, 40]
 
 
-async def test_a_fiscal_receipt_before_its_purchase_waits_for_the_number(bus: Bus, user: MakeUser) -> None:
-    shop = await bus.register()
-    await shop.stock()
+async def test_a_fiscal_receipt_before_its_purchase_waits_for_the_number(shop: Merchant, user: MakeUser) -> None:
     _, bought = await shop.buy(user())
     prefix, year, digits = bought["effects"]["receipt_number"].split("-")
     number = f"{prefix}-{year}-{int(digits) + 1:04}"
@@ -117,9 +115,8 @@ async def test_a_refund_whose_purchase_was_refused_stays_parked(shop: Merchant, 
     assert (await answer(shop, refund))["effects"]["credits_taken"] == 100
 
 
-async def test_what_never_comes_is_given_up_in_time(bus: Bus, user: MakeUser) -> None:
-    shop = await bus.register(simulated=True)
-    await shop.stock()
+async def test_what_never_comes_is_given_up_in_time(bus: Bus, simulated: Merchant, user: MakeUser) -> None:
+    shop = simulated
     close = await parked(shop, "Operation.RecordAndClose", shop.closing(user(), name("op"), "20"))
     refund = await parked(shop, "Refund.Apply", {"refund_id": name(), "external_ref": name("ch")})
     await shop.advance(14 * 60)
@@ -132,9 +129,8 @@ async def test_what_never_comes_is_given_up_in_time(bus: Bus, user: MakeUser) ->
     assert (await answer(shop, refund))["error"]["code"] == "dependency_timeout"
 
 
-async def test_a_close_given_up_leaves_its_key_free(bus: Bus, user: MakeUser) -> None:
-    shop, someone, operation_id = await bus.register(simulated=True), user(), name("op")
-    await shop.stock()
+async def test_a_close_given_up_leaves_its_key_free(simulated: Merchant, user: MakeUser) -> None:
+    shop, someone, operation_id = simulated, user(), name("op")
     members = shop.closing(someone, operation_id, "20")
     close = await parked(shop, "Operation.RecordAndClose", members)
     await shop.advance(16 * 60)

@@ -27,9 +27,7 @@ MakeUser = Callable[[], str]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def shop(bus: Bus) -> Merchant:
-    merchant = await bus.register(
-        partitions=None, chargeback_policy={"shortfall": "debit", "credit_note": "on_apply"}
-    )
+    merchant = await bus.register(partitions=None, chargeback_policy={"shortfall": "debit", "credit_note": "on_apply"})
     await merchant.stock()
     return merchant
 
@@ -77,7 +75,7 @@ async def test_a_result_goes_to_the_reply_topic_too(shop: Merchant, running: Run
     await admin.start()
     await admin.create_topics([NewTopic(topic, num_partitions=1, replication_factor=1)])
     await admin.close()
-    await shop.bus.watch(topic)
+    await shop.bus.watch(topic, partitions=1)
     members = {"grant_id": name(), "user_id": user(), "credits": 5, "access_period_days": 1}
     sent = await shop.send("Grant.Apply", members, headers={"ce_replyto": topic})
     (result,) = await shop.bus.results(sent)
@@ -154,7 +152,9 @@ async def test_an_operation_is_opened_and_recorded(shop: Merchant, user: MakeUse
 async def test_a_cancelled_operation_costs_nothing(shop: Merchant, user: MakeUser) -> None:
     someone = user()
     operation_id = await shop.open(someone)
-    result = await shop.applied("Operation.Cancel", user_id=someone, operation_id=operation_id, reason="changed my mind")
+    result = await shop.applied(
+        "Operation.Cancel", user_id=someone, operation_id=operation_id, reason="changed my mind"
+    )
     expect(result, someone, 0, 0)
     assert result["effects"]["operation_id"] == operation_id
 
@@ -238,8 +238,11 @@ async def test_catalog_commands_answer_with_the_object(shop: Merchant) -> None:
         assert "balance" not in one
 
 
-async def test_account_role_configuration_and_erasure_commands_are_applied(bus: Bus, user: MakeUser) -> None:
-    shop, someone = await bus.register(), user()
+async def test_account_role_configuration_and_erasure_commands_are_applied(
+    changeable: Merchant, user: MakeUser
+) -> None:
+    shop, someone = changeable, user()
+    await shop.configure()
     until = shop.now(3600)
     locked = await shop.applied("Account.Lock", user_id=someone, until=until)
     assert parse_time(locked["effects"]["until"]) == parse_time(until)
@@ -249,7 +252,7 @@ async def test_account_role_configuration_and_erasure_commands_are_applied(bus: 
     await shop.applied("UserRole.Assign", subject=someone, role="support")
     await shop.applied("UserRole.Revoke", subject=someone, role="support")
     configured = await shop.applied("Merchant.Configure", config=shop.config | {"retention_years": 7})
-    assert configured["effects"]["version"] == 2
+    assert configured["effects"]["version"] > 1
     assert configured["effects"]["config"]["retention_years"] == 7
     await shop.grant(someone, 1)
     await shop.applied("User.Erase", request_id=name("er"), user_id=someone)
@@ -294,7 +297,11 @@ async def test_the_jobs_of_the_clock_answer_too(simulated: Merchant, user: MakeU
         ]
 
     lot = (await simulated.bus.until("the expiry", lambda: expired("Lot.Expire")))[0]
-    assert lot["effects"] == {"lot_id": lot_id, "entry_id": lot["effects"]["entry_id"], "credits": lot["effects"]["credits"]}
+    assert lot["effects"] == {
+        "lot_id": lot_id,
+        "entry_id": lot["effects"]["entry_id"],
+        "credits": lot["effects"]["credits"],
+    }
     assert abs(lot["effects"]["credits"]) == 10
     timed_out = (await simulated.bus.until("the timeout", lambda: expired("Operation.Expire")))[0]
     assert timed_out["effects"] == {"operation_id": operation_id} | {

@@ -1,6 +1,6 @@
 """Refunds, chargebacks and won disputes: what they take, where from, and what they issue."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 
 import pytest
@@ -21,9 +21,7 @@ async def dispute(shop: Merchant, ref: str, amount: str | None = None) -> tuple[
     """Charge a purchase back, or what is left of it."""
     part = {} if amount is None else {"amount": amount}
     dispute_id = name("dp")
-    return dispute_id, await shop.applied(
-        "Chargeback.Apply", {"dispute_id": dispute_id, "external_ref": ref} | part
-    )
+    return dispute_id, await shop.applied("Chargeback.Apply", {"dispute_id": dispute_id, "external_ref": ref} | part)
 
 
 def took(result: Json) -> tuple[int, int]:
@@ -74,11 +72,10 @@ async def test_amounts_must_fit_the_currency_and_be_positive(shop: Merchant, use
 
 @pytest.mark.parametrize("shortfall", ["debit", "forgive"])
 async def test_what_the_purchases_lots_do_not_hold_follows_the_policy(
-    bus: Bus, user: MakeUser, shortfall: str
+    changeable: Merchant, user: MakeUser, shortfall: str
 ) -> None:
-    policy = {"shortfall": shortfall}
-    shop = await bus.register(refund_policy=policy, chargeback_policy=policy | {"credit_note": "never"})
-    await shop.stock()
+    shop, policy = changeable, {"shortfall": shortfall}
+    await shop.configure(refund_policy=policy, chargeback_policy=policy | {"credit_note": "never"})
     for reverse in (refund, lambda *of: _second(dispute(*of))):
         someone = user()
         ref, _ = await shop.buy(someone)
@@ -93,13 +90,14 @@ async def test_what_the_purchases_lots_do_not_hold_follows_the_policy(
             assert (result["balance"], result["debt"]) == (30, 0)
 
 
-async def _second(pair: object) -> Json:
-    return (await pair)[1]  # type: ignore[misc]
+async def _second(pair: Awaitable[tuple[str, Json]]) -> Json:
+    _, result = await pair
+    return result
 
 
-async def test_forgiven_credits_are_not_claimed_again(bus: Bus, user: MakeUser) -> None:
-    shop, someone = await bus.register(refund_policy={"shortfall": "forgive"}), user()
-    await shop.stock()
+async def test_forgiven_credits_are_not_claimed_again(changeable: Merchant, user: MakeUser) -> None:
+    shop, someone = changeable, user()
+    await shop.configure(refund_policy={"shortfall": "forgive"})
     ref, _ = await shop.buy(someone)
     await shop.use(someone, "70")
     assert took(await refund(shop, ref, "5.00")) == (30, 50)
@@ -181,10 +179,9 @@ async def test_after_a_won_dispute_the_purchase_can_be_reversed_again(shop: Merc
     assert (last["balance"], last["debt"]) == (0, 0)
 
 
-async def test_a_won_dispute_that_took_nothing_gives_nothing_back(bus: Bus, user: MakeUser) -> None:
-    policy = {"shortfall": "forgive", "credit_note": "never"}
-    shop, someone = await bus.register(chargeback_policy=policy), user()
-    await shop.stock()
+async def test_a_won_dispute_that_took_nothing_gives_nothing_back(changeable: Merchant, user: MakeUser) -> None:
+    shop, someone = changeable, user()
+    await shop.configure(chargeback_policy={"shortfall": "forgive", "credit_note": "never"})
     ref, _ = await shop.buy(someone)
     await shop.use(someone, "100")
     dispute_id, charged = await dispute(shop, ref)
@@ -218,10 +215,10 @@ async def test_the_parts_of_credit_notes_sum_exactly_to_the_receipt(shop: Mercha
 
 @pytest.mark.parametrize("credit_note", ["never", "on_apply"])
 async def test_chargebacks_issue_credit_notes_where_the_policy_says_so(
-    bus: Bus, user: MakeUser, credit_note: str
+    changeable: Merchant, user: MakeUser, credit_note: str
 ) -> None:
-    shop = await bus.register(chargeback_policy={"shortfall": "debit", "credit_note": credit_note})
-    await shop.stock()
+    shop = changeable
+    await shop.configure(chargeback_policy={"shortfall": "debit", "credit_note": credit_note})
     ref, _ = await shop.buy(user())
     dispute_id, charged = await dispute(shop, ref)
     await shop.applied("Chargeback.Reverse", dispute_id=dispute_id)
@@ -263,8 +260,10 @@ async def test_receipts_are_gapless_and_chronological(bus: Bus, user: MakeUser) 
         assert [issued[number] for number in sorted(issued)] == sorted(issued.values())
 
 
-async def test_a_new_year_restarts_the_numbers(bus: Bus, user: MakeUser) -> None:
-    shop = await bus.register(simulated=True)
+async def test_a_new_year_restarts_the_numbers(changeable: Merchant, user: MakeUser) -> None:
+    shop = changeable
+    # A series of its own.
+    await shop.configure(receipt_series_prefix="NEW")
     await shop.sellable("year", days=3)
     _, first = await shop.buy(user(), "year")
     _, second = await shop.buy(user(), "year")
@@ -272,7 +271,7 @@ async def test_a_new_year_restarts_the_numbers(bus: Bus, user: MakeUser) -> None
     _, third = await shop.buy(user(), "year")
     numbers = [one["effects"]["receipt_number"] for one in (first, second, third)]
     year = int(numbers[0].split("-")[1])
-    assert numbers[1:] == [f"R-{year}-0002", f"R-{year + 1}-0001"]
+    assert numbers == [f"NEW-{year}-0001", f"NEW-{year}-0002", f"NEW-{year + 1}-0001"]
     document = await shop.document(numbers[2])
     assert document.body.get("simulation"), "documents of a simulated merchant say so"
 
@@ -289,13 +288,10 @@ async def test_a_new_year_restarts_the_numbers(bus: Bus, user: MakeUser) -> None
     ],
 )
 async def test_tax_is_inclusive_and_rounded_half_up(
-    bus: Bus, user: MakeUser, regime: str, rates: list[Json] | None, country: str, net: str, tax: str
+    changeable: Merchant, user: MakeUser, regime: str, rates: list[Json] | None, country: str, net: str, tax: str
 ) -> None:
-    more: Json = {"vat_rates": rates} if rates else {}
-    shop = await bus.register(tax_regime=regime, **more)
-    if not rates:
-        shop.config.pop("vat_rates")
-    await shop.stock()
+    shop = changeable
+    await shop.configure(tax_regime=regime, vat_rates=rates)
     _, bought = await shop.buy(user(), country=country)
     body = (await shop.document(bought["effects"]["receipt_number"])).body["tax"]
     assert Decimal(body["gross"]) == 10

@@ -39,6 +39,7 @@ async def test_a_database_that_is_away_is_a_503_on_its_merchants_paths_only(shop
         finally:
             await connection.exec_driver_sql('ALTER DATABASE "credits_m_web_trouble" ALLOW_CONNECTIONS true')
     await admin.dispose()
+    await shop.clerk.engine.dispose()
     async with asyncio.timeout(10):
         while (await shop.api.ask(f"{shop.api.root}/users/ann/balance"))[0] != 200:
             await asyncio.sleep(0.1)
@@ -71,8 +72,10 @@ async def test_when_all_readers_are_busy_the_rest_is_told_to_come_again(shop: Sh
     merchant = shop.clerk.merchant
     engine = await shop.api.wiring.readers.engine(merchant.merchant_id, merchant.database_url, merchant.password)
     async with engine.connect() as first, engine.connect() as second:
-        await fetch(first, "SELECT 1")
-        await fetch(second, "SELECT 1")
+        for connection in (first, second):
+            # Outside of a transaction, or the server would end them for being idle in one.
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            await fetch(connection, "SELECT 1")
         status, _, headers = await shop.api.ask(f"{shop.api.root}/products")
         assert (status, "Retry-After" in headers) == (503, True)
     assert (await shop.api.ask(f"{shop.api.root}/products"))[0] == 200

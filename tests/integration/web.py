@@ -18,6 +18,8 @@ from merchants.schema import migrate
 from tests import builders
 from tests.builders import Clerk
 from tests.services import Services
+from workers.app import State
+from workers.metrics import Metrics
 from workers.web import WebSettings, mount
 
 ROOT_TOKEN = "the bootstrap token of the tests"
@@ -31,6 +33,7 @@ class Wiring:
     readers: Pools
     merchants: dict[str, Merchant] = field(default_factory=dict)
     app: Any = field(default_factory=lambda: SimpleNamespace(state_of_worker=SimpleNamespace(ready=True)))
+    metrics: Metrics = field(default_factory=lambda: Metrics(lambda: State("tests"), lambda: 0, {}))
 
 
 @dataclass

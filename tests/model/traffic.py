@@ -135,6 +135,9 @@ class Traffic:
         country, currency, amount = self.random.choice(PRICES.get(code, PRICES["P100"]))
         if self.chance(8):
             amount = "9.00"
+        if self.chance(8):
+            # The row for everywhere does not count where the country has rows of its own.
+            country, currency, amount = self.random.choice([("AM", "USD", "10.00"), ("DE", "AMD", "4000.00")])
         ordered = self.now - self.random.choice([0, 0, 0, 1, 60, 3 * 24 * 60]) * MINUTE
         if self.chance(10):
             ordered = self.now + self.random.choice([4, 6]) * MINUTE
@@ -267,7 +270,7 @@ class Traffic:
     # The catalogue
 
     def moment(self, name: str) -> dict[str, Any]:
-        minutes = self.random.choice([None, None, None, -1, -6, 10, 24 * 60])
+        minutes = self.random.choice([None, None, None, -1, -6, 10, 24 * 60, 60 * 24 * 60])
         return {} if minutes is None else {name: wire(self.now + minutes * MINUTE)}
 
     def start_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,16 @@ class CoreAndModel(RuleBasedStateMachine):
         self.core.wait(seconds=wait, milliseconds=1)
         self.send(self.traffic.batch(chosen, self.core.now, size))
 
+    @rule(chosen=st.randoms(use_true_random=False), size=st.integers(1, 4))
+    def batch_when_something_is_due(self, chosen: random.Random, size: int) -> None:
+        """Wait for the very instant at which a lot expires or an operation times out."""
+        lots = [lot["expires"] for user in self.model.users.values() for lot in user["lots"]]
+        operations = [o["expires"] for o in self.model.operations.values() if o["state"] == "open"]
+        due = sorted(at for at in (*lots, *operations) if at > self.core.now)
+        if due:
+            self.core.now = due[0]
+            self.send(self.traffic.batch(chosen, self.core.now, size))
+
     def send(self, messages: list[dict[str, Any]]) -> None:
         for message in messages:
             message.setdefault("record_time", self.core.now - message.get("late_by", timedelta(0)))

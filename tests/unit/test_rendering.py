@@ -10,17 +10,16 @@ from decimal import Decimal
 from hashlib import sha256
 from html.parser import HTMLParser
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typst
 from babel import Locale
 from babel.numbers import get_currency_precision
 from fontTools.ttLib import TTFont
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from receipts import render, sheet
 from receipts.model import credited_status, published
@@ -239,11 +238,10 @@ def test_the_paper_is_that_of_the_merchants_country(country: str, paper: str) ->
 
 
 def test_a_logo_takes_the_place_of_the_initial(receipt: Document) -> None:
-    file = BytesIO()
-    Image.new("RGB", (60, 20), "teal").save(file, "PNG")
+    logo = typst.compile(b"#set page(width: 3cm, height: 1cm, fill: teal)\n= Logo", format="png")
 
-    assert b'src="data:image/png;base64,' in render_html(receipt, logo=file.getvalue())
-    assert render_pdf(receipt, logo=file.getvalue()) != render_pdf(receipt)
+    assert b'src="data:image/png;base64,' in render_html(receipt, logo=logo)
+    assert render_pdf(receipt, logo=logo) != render_pdf(receipt)
     for rendering in (render_html, render_pdf):
         with pytest.raises(ValueError, match="PNG or a JPEG"):
             rendering(receipt, logo=b"<svg onload='x'>")

@@ -1,0 +1,75 @@
+"""A checkpoint kept outside the database shows what the chains in it cannot: that their end was cut off."""
+
+import secrets
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from merchants.databases import READER_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
+from merchants.schema import migrate, on_database
+from tests.integration.shop import Shop, open_shop
+from tests.integration.test_restore import admin, purchase
+from tests.services import Services
+from workers.checkpoints import Checkpointer, compare, last_checkpoint, take
+
+
+@pytest_asyncio.fixture
+async def shop(services: Services) -> AsyncIterator[Shop]:
+    url = services.database_url(f"checkpoints_control_{secrets.token_hex(3)}")
+    await migrate(url)
+    async with open_shop(services, url, f"s{secrets.token_hex(4)}") as shop:
+        await shop.stock()
+        yield shop
+
+
+async def test_a_tail_that_was_cut_off_is_seen(shop: Shop) -> None:
+    name, servers = shop.merchant.merchant_id, shop.settings.kafka_bootstrap_servers
+    readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
+    checkpointer = Checkpointer(readers, shop.publisher, servers, {}, {name: shop.merchant}, dict)
+    assert await last_checkpoint(servers, name) is None
+    for number in range(3):
+        shop.send("Purchase.Settled", **purchase(f"user-{number}", f"pay-{number}"))
+    await shop.work()
+    await checkpointer.publish(shop.merchant)
+    checkpoint = await checkpointer.publish(shop.merchant)
+
+    assert await last_checkpoint(servers, name) == checkpoint
+    assert (checkpoint.entries, checkpoint.accounts, checkpoint.documents) == (3, 3, 3)
+    # What comes later changes nothing of what was.
+    shop.send("Purchase.Settled", **purchase("user-1", "pay-9"))
+    shop.send("Refund.Apply", **admin(refund_id="r", external_ref="pay-1"))
+    await shop.work()
+    engine = create_unpooled_engine(engine_url(on_database(shop.settings.control_database_url, shop.database)), {})
+    async with engine.connect() as connection:
+        assert await compare(connection, checkpoint) == []
+        # Someone who may do anything in the database takes a user's whole history away, rows of all tables.
+        await connection.exec_driver_sql("SET session_replication_role = replica")
+        for table in ("accounts", "entries", "lots", "allocations"):
+            sql = f"DELETE FROM {table} WHERE account_id = (SELECT account_id FROM accounts WHERE user_id = 'user-2')"
+            if table == "accounts":
+                continue
+            await connection.exec_driver_sql(sql)
+        await connection.exec_driver_sql("DELETE FROM accounts WHERE user_id = 'user-2'")
+        problems = await compare(connection, checkpoint)
+        await connection.rollback()
+    await engine.dispose()
+    assert [problem.partition(":")[0] for problem in problems] == ["entries", "accounts", "accounts_sha256"]
+    await readers.close()
+
+
+async def test_what_is_under_way_is_left_to_the_next_checkpoint(shop: Shop) -> None:
+    url = engine_url(shop.merchant.database_url, password=shop.merchant.password)
+    writer, reader = create_unpooled_engine(url, WRITER_SETTINGS), create_unpooled_engine(url, READER_SETTINGS)
+    async with writer.connect() as slow:
+        await slow.exec_driver_sql("SELECT 1")
+        shop.send("Purchase.Settled", **purchase("ann", "pay-1"))
+        await shop.work()
+        async with reader.connect() as connection:
+            checkpoint = await take(connection)
+
+    assert checkpoint.entries == 0
+    async with reader.connect() as connection:
+        assert (await take(connection)).entries == 1
+        assert await compare(connection, checkpoint) == []
+    await writer.dispose()
+    await reader.dispose()

@@ -1,0 +1,147 @@
+"""What a worker counts and logs of its batches, against a real database and broker."""
+
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from aiokafka import TopicPartition as TP
+from prometheus_client.parser import text_string_to_metric_families
+
+from merchants.databases import READER_SETTINGS, Pools
+from merchants.schema import migrate
+from schemas.topics import CHANNELS, input_topic
+from tests.integration.shop import Shop, open_shop
+from tests.services import Services
+from workers.lanes import Counters
+from workers.metrics import Metrics, Sampler
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def shop(services: Services) -> AsyncIterator[Shop]:
+    url = services.database_url(f"metrics_control_{secrets.token_hex(3)}")
+    await migrate(url)
+    async with open_shop(services, url, f"s{secrets.token_hex(4)}") as shop:
+        await shop.stock()
+        yield shop
+
+
+def assigned(shop: Shop) -> dict[str, set[TP]]:
+    name = shop.merchant.merchant_id
+    return {name: {TP(input_topic(name, channel), 0) for channel in CHANNELS}}
+
+
+@pytest.fixture
+def metrics(shop: Shop) -> Metrics:
+    state: Any = SimpleNamespace(ready=True, counters=Counters(batches=3), assigned=assigned(shop), lag={})
+    state.lag[TP(input_topic(shop.merchant.merchant_id, "admin"), 0)] = 7
+    metrics = Metrics(lambda: state, lambda: 2, {"writers": shop.pools})
+    shop.pipeline.observers[:] = [metrics.observe]
+    return metrics
+
+
+def read(metrics: Metrics) -> dict[tuple[str, frozenset[str]], float]:
+    """Return the samples by name and values of labels; Prometheus' own parser reads them."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            found[sample.name, frozenset(sample.labels.values())] = sample.value
+    return found
+
+
+def labels(*values: str) -> frozenset[str]:
+    return frozenset(values)
+
+
+async def test_commands_are_counted_by_type_and_outcome_and_users_are_not_named(shop: Shop, metrics: Metrics) -> None:
+    name = shop.merchant.merchant_id
+    grant = {
+        "user_id": "ann-the-user",
+        "access_period_days": 5,
+        "credits_delta": 5,
+        "actor": "ops",
+        "justification": "x",
+    }
+    first = shop.send("Adjustment.Apply", adjustment_id="a1", **grant)
+    shop.send("Adjustment.Apply", first, adjustment_id="a1", **grant)
+    shop.send("Adjustment.Apply", adjustment_id="a1", **grant)
+    shop.send("Adjustment.Apply", adjustment_id="a1", **grant | {"credits_delta": 6})
+    shop.send("Operation.Open", user_id="ann-the-user", operation_id="o1", operation_code="nothing")
+    await shop.work()
+
+    found = read(metrics)
+    assert found["credits_commands_total", labels(name, "Adjustment.Apply", "applied")] == 1
+    assert found["credits_commands_total", labels(name, "Adjustment.Apply", "rejected")] == 1
+    assert found["credits_conflicts_total", labels(name, "Adjustment.Apply")] == 1
+    assert found["credits_refusals_total", labels(name, "Operation.Open", "unknown_operation_type")] == 1
+    assert found["credits_replays_total", labels(name, "message")] == 1
+    assert found["credits_replays_total", labels(name, "business_key")] == 1
+    assert found["credits_consumer_lag", labels(name, input_topic(name, "admin"), "0")] == 7
+    assert found["credits_worker_events_total", labels("batches")] == 3
+    assert found["credits_worker_events_total", labels("scheduler_errors")] == 2
+    assert "ann-the-user" not in metrics.render().decode()
+
+
+async def test_a_type_that_is_not_ours_is_no_label(shop: Shop, metrics: Metrics) -> None:
+    message = shop.message("Operation.Open", "m1", {"user_id": "u", "operation_id": "o", "operation_code": "llm"})
+    headers = [(name, b"Evil.Label" if name == "ce_type" else value) for name, value in message.headers]
+    shop.unsent.append(type(message)(message.topic, message.key, message.value, headers))
+    await shop.work()
+
+    found = read(metrics)
+    assert found["credits_commands_total", labels(shop.merchant.merchant_id, "unknown", "rejected")] == 1
+    assert found["credits_dead_letters_total", labels(shop.merchant.merchant_id, "unknown_command")] == 1
+    assert "Evil.Label" not in metrics.render().decode()
+
+
+async def test_a_batch_is_measured_and_has_one_line(metrics: Metrics, caplog: pytest.LogCaptureFixture) -> None:
+    records: Any = [SimpleNamespace(timestamp=0), SimpleNamespace(timestamp=0)]
+    with caplog.at_level(logging.INFO), metrics.batch("acme", records):
+        pass
+    with pytest.raises(ZeroDivisionError), metrics.batch("acme", records):
+        raise ZeroDivisionError
+
+    found = read(metrics)
+    assert found["credits_batch_seconds_count", labels("acme")] == 1
+    assert found["credits_batch_records_sum", labels("acme")] == 2
+    assert found["credits_end_to_end_seconds_count", labels("acme")] == 2
+    assert found["credits_end_to_end_seconds_bucket", labels("acme", "3600.0")] == 0
+
+
+async def test_a_merchants_database_is_sampled_and_a_broken_account_is_noticed(shop: Shop, metrics: Metrics) -> None:
+    name = shop.merchant.merchant_id
+    readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
+    sampler = Sampler(metrics, readers, {name: shop.merchant}, lambda: assigned(shop))
+    admin = {"actor": "ops", "justification": "x"}
+    for user in ("bob", "eve"):
+        shop.send("Adjustment.Apply", adjustment_id=user, user_id=user, credits_delta=9, access_period_days=5, **admin)
+        shop.send("Operation.Open", user_id=user, operation_id=f"op-{user}", operation_code="llm")
+    shop.send("Refund.Apply", refund_id="r", external_ref="unknown", **admin)
+    await shop.work()
+
+    await sampler.run_once()
+    found = read(metrics)
+    assert found["credits_open_operations", labels(name)] == 2
+    assert found["credits_parked_commands", labels(name)] == 1
+    assert found["credits_parked_oldest_seconds", labels(name)] > 0
+    assert found["credits_receipts_gaps", labels(name)] == 0
+    assert found["credits_database_pool_wait_seconds_count", labels(name)] == 1
+    assert found["credits_invariant_violations_total", labels(name, "balance is the sum of entries")] == 0
+
+    await shop.query("UPDATE accounts SET balance = balance + 1 WHERE user_id = 'bob'")
+    shop.send("Account.Lock", user_id="bob", **admin)
+    shop.send("Account.Lock", user_id="eve", **admin)
+    await shop.work()
+    await sampler.run_once()
+    found = read(metrics)
+    assert found["credits_invariant_violations_total", labels(name, "balance is the sum of entries")] == 1
+    assert found["credits_invariant_violations_total", labels(name, "balance is remaining less debt")] == 1
+    assert found["credits_invariant_violations_total", labels(name, "debt is what the debts sum to")] == 0
+
+    sampler.assigned = dict
+    await sampler.run_once()
+    assert ("credits_open_operations", labels(name)) not in read(metrics)
+    await readers.close()
