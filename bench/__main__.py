@@ -17,6 +17,7 @@ from bench.scenarios import SCENARIOS, Scenario
 console = Console(width=max(Console().width, 120))
 PLAIN_COMMANDS = 3_000
 PLAIN_TASKS = 4
+ENTRIES_SHOWN_MIN = 1_000_000
 
 
 def main(
@@ -92,19 +93,26 @@ async def _scenarios(
     document |= {"scenarios": lines, "faust_without_work_per_second": idle and round(idle)}
     report.save(document)
     report.show(console, lines, idle)
-    report.chart(lines)
+    if extent is service.FULL and compare and len(scenarios) == len(SCENARIOS):
+        report.chart(lines)
+        report.document()
 
 
 async def _growth(ground: Ground, entries: int, status: Status) -> None:
     from bench import growth
 
-    report.save({"growth": await growth.measure(ground, entries, status.update, console)})
+    measured = await growth.measure(ground, entries, status.update, console)
+    report.save({"growth": measured})
+    if entries >= ENTRIES_SHOWN_MIN:
+        report.growth_chart(measured["points"])
+        report.document()
 
 
 async def _startup(ground: Ground, status: Status) -> None:
     from bench import startup
 
     report.save({"startup": await startup.measure(ground, status.update, console)})
+    report.document()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ import aiohttp
 import asyncpg
 from rich.console import Console
 
-from bench import machine, report, service
+from bench import machine, service
 from bench.figures import percentile
 from bench.ground import Ground
 from bench.history import Writer
 from bench.limits import secret_of
 from bench.scenarios import GROWTH, MANY_LOTS, ONE_LOT, Scenario
 from console.local import prepare as make_token
+from workers.audit import verify
 
 SHARES = (0, 0.1, 0.3, 0.6, 1)
 HEAVY_SHARE = 10  # one entry in so many is of one user
@@ -53,10 +54,19 @@ async def measure(ground: Ground, entries: int, say: Say, console: Console) -> d
             point = await _point(ground, merchant, token, written, f"g{len(points)}", say)
             points.append(point | {"written_per_second": round(missing / seconds) if missing else None})
             console.print(point, highlight=False)
+    audited = await _audit(ground, merchant, say)
     lots = await _lots(ground, say)
     console.print(lots, highlight=False)
-    report.growth_chart(points)
-    return {"points": points, "lots": lots, "machine": await machine.facts(ground)}
+    return {"points": points, "lots": lots, "audit_seconds": audited, "machine": await machine.facts(ground)}
+
+
+async def _audit(ground: Ground, merchant: str, say: Say) -> float:
+    """Have the auditor see that the history is what commands would have written; returns the seconds it took."""
+    say("auditing")
+    found = await verify(ground.database_url(merchant))
+    if not found.ok:
+        raise ValueError(f"the ledger is not in order: {found.broken}")
+    return round(found.seconds, 1)
 
 
 async def _settle_down(ground: Ground, merchant: str) -> None:

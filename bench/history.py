@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
 from hashlib import blake2b
-from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import catalog.store
 import ledger.store
 import merchants.store
+from bench.scenarios import SOURCE
 from catalog.sql import fetch
 from ledger.books import Books, Movement, NewLot
 from ledger.model import Account, Lot, Operation, account_id_of, entry_id_of
 from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_url
 from schemas.codec import Encoding, format_time
+from schemas.envelope import message_identity
 from workers import inbox
 
 BATCH = 20_000
@@ -66,10 +67,11 @@ class Writer:
             rows = []
             for _ in range(count):
                 self.number += 1
-                command = _identity("grant", self.number)
+                message_id = _message_id("grant", self.number)
+                command = message_identity(SOURCE, message_id)
                 what = Movement("promo", "promo_grant", Decimal(credits))
                 books.credit(account, credits, what, NewLot(books.now + timedelta(days=LOT_DAYS)), command)
-                rows.append(self._row("Grant.Apply", command, account, books, "admin"))
+                rows.append(self._row("Grant.Apply", message_id, account, books, "admin"))
             await ledger.store.save_ledger(connection, books)
             await inbox.save(connection, rows, [])
         await engine.dispose()
@@ -112,7 +114,7 @@ class Writer:
 
     def _operation(self, books: Books, account: Account) -> Iterable[inbox.Row]:
         name = f"history-{self.number:012d}"
-        opening, closing = _identity("open", self.number), _identity("close", self.number)
+        opening, closing = _message_id("open", self.number), _message_id("close", self.number)
         operation = Operation(
             name,
             account.account_id,
@@ -129,13 +131,13 @@ class Writer:
         books.add_operation(operation)
         opened = self._row("Operation.Open", opening, account, books, "operations")
         what = Movement("debit", "llm", TOKENS, "TOKEN", operation_id=name)
-        operation.entry_seq = books.debit(account, CREDITS_EACH, what, closing)
+        operation.entry_seq = books.debit(account, CREDITS_EACH, what, message_identity(SOURCE, closing))
         operation.resource_amount, operation.credits, operation.completed_at = TOKENS, CREDITS_EACH, books.now
         books.end_operation(account, operation, "closed")
         return opened, self._row("Operation.RecordAndClose", closing, account, books, "operations")
 
-    def _row(self, kind: str, identity: bytes, account: Account, books: Books, channel: str) -> inbox.Row:
-        at = format_time(books.now)
+    def _row(self, kind: str, message_id: str, account: Account, books: Books, channel: str) -> inbox.Row:
+        at, identity = format_time(books.now), message_identity(SOURCE, message_id)
         # Long past: offsets of these rows are below all that Kafka has, and no position refers to them.
         row = inbox.Row(
             identity,
@@ -154,7 +156,7 @@ class Writer:
             books.now,
         )
         row.result = (
-            f'{{"command_id":"history-{self.number:028d}","command_source":"urn:bench","command_type":"{kind}",'
+            f'{{"command_id":"{message_id}","command_source":"{SOURCE}","command_type":"{kind}",'
             f'"merchant_id":"growth","outcome":"applied","user_seq":{account.last_seq},"balance":{account.balance},'
             f'"debt":0,"applied_at":"{at}","effects":{{"operation_id":"history-{self.number:012d}",'
             f'"entry_id":"{entry_id_of(account.account_id, account.last_seq)}","credits":{CREDITS_EACH}}}}}'
@@ -162,9 +164,14 @@ class Writer:
         return row
 
 
-_SETTINGS: dict[str, Any] = {**WRITER_SETTINGS, "statement_timeout": "300s", "application_name": "credits-history"}
+# A batch of this size is decided for longer than a worker's may be.
+_SETTINGS = {
+    **WRITER_SETTINGS,
+    "application_name": "bench-history",
+    "statement_timeout": "300s",
+    "idle_in_transaction_session_timeout": "300s",
+}
 
 
-def _identity(kind: str, number: int) -> bytes:
-    """Name a command as evenly spread over the index as real identities are."""
-    return blake2b(f"{kind}\n{number}".encode(), digest_size=inbox.IDENTITY_SIZE).digest()
+def _message_id(kind: str, number: int) -> str:
+    return f"history-{kind}-{number:018d}"

@@ -1,6 +1,7 @@
-"""The table, `.credits/bench.json` and the charts."""
+"""The table, `.credits/bench.json`, the charts and docs/performance.md."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from bench.service import Served
 
 FILE = ROOT / ".credits" / "bench.json"
 CHART = ROOT / "docs" / "performance"
+DOCUMENT = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- figures -->", "<!-- end of the figures -->"
 GROWTH_CHART = ROOT / "docs" / "performance-growth"
 
 SERVICE, BASELINE, LIMIT = "#2a6f97", "#c1666b", "#b8b8b8"
@@ -42,7 +45,7 @@ def line(served: Served, plain: float | None, plain_parallel: float | None, limi
     }
 
 
-def targets(lines: dict[str, Line], idle: float | None) -> list[tuple[str, str, bool]]:
+def targets(lines: dict[str, Line]) -> list[tuple[str, str, bool]]:
     """Return each target that this run can tell of: what, the figure, whether it is met."""
     told: list[tuple[str, str, bool]] = []
 
@@ -62,8 +65,6 @@ def targets(lines: dict[str, Line], idle: float | None) -> list[tuple[str, str, 
         share = ratio(lines["merchants_100"]["commands_per_second"], lines["merchants_1"]["commands_per_second"])
         told.append(("100 merchants: at least 60 % of one", str(share), (share or 0) >= 0.6))
     tell("a worker for 100 merchants: at most 300 MiB", "merchants_100", "worker_memory_mib", most=300)
-    if idle is not None:
-        told.append(("Faust without work, records/s", f"{round(idle):,}", True))
     return told
 
 
@@ -112,8 +113,14 @@ def save(document: dict[str, Any]) -> None:
 def show(console: Console, lines: dict[str, Line], idle: float | None) -> None:
     """Print the table and the targets."""
     console.print(table(lines))
-    for what, figure, met in targets(lines, idle):
+    if idle is not None:
+        console.print(_idle_text(idle), highlight=False)
+    for what, figure, met in targets(lines):
         console.print(f"[{'green' if met else 'red'}]{'✓' if met else '✗'}[/] {what}: {figure}", highlight=False)
+
+
+def _idle_text(idle: float) -> str:
+    return f"Faust without work: {idle:,.0f} records/s."
 
 
 def chart(lines: dict[str, Line]) -> None:
@@ -174,3 +181,86 @@ def _write(plt: Any, figure: Any, stem: Path) -> None:
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         figure.savefig(stem.with_suffix(suffix), dpi=140, metadata=metadata)
     plt.close(figure)
+
+
+def document() -> None:
+    """Write the figures of `bench.json` into docs/performance.md, between its two marks."""
+    known = json.loads(FILE.read_text())
+    parts = [_machine_text(known["machine"])] if "machine" in known else []
+    if "scenarios" in known:
+        parts += [_scenarios_text(known["scenarios"], known.get("faust_without_work_per_second"))]
+    if "growth" in known:
+        parts += [_growth_text(known["growth"])]
+    if "startup" in known:
+        parts += [_startup_text(known["startup"])]
+    text = DOCUMENT.read_text()
+    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+    DOCUMENT.write_text(head + "\n\n" + "\n\n".join(parts) + "\n\n" + tail)
+
+
+def _machine_text(machine: dict[str, Any]) -> str:
+    postgres = machine["postgres"]
+    return (
+        f"Measured on {machine['cores']} cores of {machine['processor']} with {machine['memory_gib']} GiB, shared by "
+        f"everything, an 8 KiB write reaching the disk in {machine['fsync_p50_ms']} ms; Python {machine['python']}, "
+        f"PostgreSQL {postgres['server_version']} (fsync {postgres['fsync']}, synchronous_commit "
+        f"{postgres['synchronous_commit']}, {postgres['shared_buffers']} of buffers), Kafka {machine['kafka']}; "
+        f"workers: {machine['workers']}, at most {machine['batch_max']:,} commands a batch; commit {machine['commit']}."
+    )
+
+
+def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
+    rows = [
+        (
+            SCENARIOS[name].title,
+            f"{one['commands_per_second']:,}",
+            f"{one['p50_ms']:.0f}",
+            f"{one['p99_ms']:.0f}",
+            _times(one["ratio_to_baseline"]),
+            _times(one["ratio_to_parallel_baseline"]),
+            "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
+            str(sum(one["cpu_us_per_command"].values())),
+        )
+        for name, one in lines.items()
+    ]
+    heads = ("", "commands/s", "p50 ms", "p99 ms", "× plain", "× plain in 4 tasks", "of PostgreSQL", "CPU µs each")
+    busy = max(one["cores"].get("others", 0) for one in lines.values())
+    noise = f"Other programs used up to {busy:.2f} cores during the drains."
+    if idle is not None:
+        noise += " " + _idle_text(idle)
+    told = [(what, figure, "yes" if met else "**no**") for what, figure, met in targets(lines)]
+    return "\n\n".join(
+        [
+            "![the service between its limits](performance.svg)",
+            _grid(heads, rows),
+            noise,
+            _grid(("target", "", "met"), told),
+        ]
+    )
+
+
+def _growth_text(growth: dict[str, Any]) -> str:
+    keys = ("commands_per_second", "balance_p99_ms", "ledger_p99_ms", "lots_p99_ms", "worker_memory_mib")
+    heads = ("entries", "commands/s", "balance p99 ms", "ledger page p99 ms", "lots p99 ms", "worker MiB")
+    rows = [(f"{point['entries']:,}", *(f"{point[key]:,}" for key in keys)) for point in growth["points"]]
+    lots = growth["lots"]
+    debits = (
+        f"Debits of a user with one lot: {lots['one_lot_commands_per_second']:,} commands/s, of one with "
+        f"{lots['lots']:,} lots: {lots['many_lots_commands_per_second']:,}. "
+        f"The auditor needed {growth['audit_seconds']:,} seconds for the whole ledger and found it in order."
+    )
+    first, last = growth["points"][0], growth["points"][-1]
+    change = "At the end, in % of the empty ledger: " + ", ".join(
+        f"{head} {100 * last[key] / first[key]:.0f}" for head, key in zip(heads[1:], keys, strict=True)
+    )
+    return "\n\n".join(["### Growth", "![growth](performance-growth.svg)", _grid(heads, rows), change + ".", debits])
+
+
+def _startup_text(startup: dict[str, Any]) -> str:
+    rows = [(name.replace("_", " "), f"{figure:,}") for name, figure in startup.items() if name != "machine"]
+    return "### Start and connections\n\n" + _grid(("", ""), rows)
+
+
+def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -17,6 +17,7 @@ from bench import machine, service
 from bench.figures import check, rate
 from bench.ground import FOLDER, Ground, jars, results_topics
 from bench.scenarios import ROOT, STARTUP
+from console.processes import StackError
 
 IDLE_SECONDS = 5
 SAMPLE_SECONDS = 0.1
@@ -46,7 +47,9 @@ def _up() -> dict[str, float]:
     def run(command: str) -> float:
         began = time.monotonic()
         arguments = [sys.executable, "-m", "console.main", command]
-        subprocess.run(arguments, check=True, cwd=ROOT, env=environment, capture_output=True)
+        done = subprocess.run(arguments, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise StackError(f"credits {command} failed:\n{done.stdout}{done.stderr}")
         return round(time.monotonic() - began, 1)
 
     try:

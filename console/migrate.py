@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -31,7 +31,7 @@ async def run(control_url: str, console: Console, *, check: bool = False) -> int
     return int(any(step.error for step in steps))
 
 
-def report(steps: Sequence[Step], *, changed: bool) -> Table:
+def report(steps: Sequence[Step], *, changed: bool) -> Group:
     """Show the databases that were changed, failed or are behind, and how many are where they should be."""
     table = Table("database", "was at", "is at" if changed else "newest", "", box=None, header_style="bold")
     fine = 0
@@ -42,6 +42,5 @@ def report(steps: Sequence[Step], *, changed: bool) -> Table:
         state = f"[red]{step.error}[/red]" if step.error else ("migrated" if changed else "[yellow]behind[/yellow]")
         table.add_row(step.database, step.before or "–", step.after or "–", state)
     heads = f"control {runner.head('control')}, merchants {runner.head('merchant')}"
-    table.caption = f"{fine} of {len(steps)} databases {'were' if changed else 'are'} up to date ({heads})"
-    table.caption_justify = "left"
-    return table
+    summary = f"{fine} of {len(steps)} databases {'were' if changed else 'are'} up to date ({heads})"
+    return Group(table, summary) if table.row_count else Group(summary)

@@ -53,5 +53,11 @@ def revoke_role(settings: Settings, subject: int, command: payloads.UserRoleRevo
     return {}
 
 
+def forget(settings: Settings, subject: int) -> None:
+    """Take the role of an erased user away, whatever it is."""
+    settings.roles.pop(subject, None)
+    settings.changed_roles[subject] = None
+
+
 def load_config(stored: Mapping[str, Any]) -> MerchantConfig:
     return MerchantConfig.model_validate(stored)

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
-from alembic.util import CommandError
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -60,18 +61,18 @@ async def migrate(control_url: str, progress: Callable[[str], None] = lambda _: 
     await runner.ensure_database(admin, TEMPLATE_DATABASE)
     steps.append(await _upgrade(control_url, TEMPLATE_DATABASE, "merchant"))
     progress(TEMPLATE_DATABASE)
-    slots = asyncio.Semaphore(PARALLEL)
+    databases = [names(merchant)[1] for merchant in await merchant_ids(control_url)]
+    # Processes are made when there is something for them to do.
+    with ProcessPoolExecutor(PARALLEL, mp_context=get_context("spawn")) as processes:
+        slots = asyncio.Semaphore(PARALLEL)
 
-    async def one(database: str) -> Step:
-        async with slots:
-            try:
-                return await _upgrade(control_url, database, "merchant")
-            except (SQLAlchemyError, CommandError, OSError, TimeoutError) as error:
-                return Step(database, None, None, str(error).splitlines()[0][:300])
-            finally:
-                progress(database)
+        async def one(database: str) -> Step:
+            async with slots:
+                step = await _upgrade_merchant(on_database(control_url, database), database, processes)
+            progress(database)
+            return step
 
-    steps += await asyncio.gather(*(one(names(merchant)[1]) for merchant in await merchant_ids(control_url)))
+        steps += await asyncio.gather(*map(one, databases))
     if any(step.error is not None for step in steps):
         raise MigrationError(steps)
     return steps
@@ -80,8 +81,24 @@ async def migrate(control_url: str, progress: Callable[[str], None] = lambda _: 
 async def _upgrade(control_url: str, database: str, lineage: str) -> Step:
     url = on_database(control_url, database)
     before = await runner.current(url)
-    await runner.upgrade(url, lineage)
+    if before != runner.head(lineage):
+        await runner.upgrade(url, lineage)
     return Step(database, before, await runner.current(url))
+
+
+async def _upgrade_merchant(url: str, database: str, processes: ProcessPoolExecutor) -> Step:
+    loop = asyncio.get_running_loop()
+    before = None
+    try:
+        before = after = await runner.current(url)
+        if before != runner.head("merchant"):
+            error = await loop.run_in_executor(processes, runner.upgrade_alone, url, "merchant")
+            if error is not None:
+                return Step(database, before, before, error)
+            after = await runner.current(url)
+    except (SQLAlchemyError, OSError, TimeoutError) as error:
+        return Step(database, before, None, str(error).splitlines()[0][:300])
+    return Step(database, before, after)
 
 
 async def versions(control_url: str) -> list[Step]:

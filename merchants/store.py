@@ -71,10 +71,6 @@ async def save_settings(connection: AsyncConnection, settings: Settings, now: da
     await delete_keys(connection, tables.user_roles, ("account_id",), revoked)
 
 
-async def erase_roles(connection: AsyncConnection, account_ids: Sequence[int]) -> None:
-    await delete_keys(connection, tables.user_roles, ("account_id",), [(account_id,) for account_id in account_ids])
-
-
 async def bump_versions(connection: AsyncConnection, *, config_version: int, catalog_changed: bool) -> None:
     sql = "UPDATE merchant_state SET config_version = $1, catalog_version = catalog_version + $2"
     await connection.exec_driver_sql(sql, (config_version, int(catalog_changed)))

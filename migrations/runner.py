@@ -1,5 +1,6 @@
 """Runs Alembic's lineages over databases, and makes those that must be there before anything else."""
 
+import asyncio
 import contextlib
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -32,14 +33,31 @@ def head(name: str) -> str:
 
 
 async def upgrade(url: str, name: str) -> None:
-    """Bring one database to the head of a lineage; concurrent runs wait for each other."""
+    """Bring one database to the head of a lineage; runs of several processes wait for each other.
+
+    Alembic keeps the migration under way in global variables: no two at the same time in one process.
+    """
     engine = create_async_engine(url, poolclass=NullPool, connect_args={"server_settings": SETTINGS})
-    async with engine.connect() as connection:
-        await connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
-        await connection.commit()
-        await connection.run_sync(_upgrade, name)
-        await connection.commit()
-    await engine.dispose()
+    try:
+        async with engine.connect() as connection:
+            # As long as another one works; the timeouts are for what a migration itself waits for.
+            await connection.execute(text("SET lock_timeout = 0"))
+            await connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": ADVISORY_LOCK})
+            await connection.execute(text(f"SET lock_timeout = '{SETTINGS['lock_timeout']}'"))
+            await connection.commit()
+            await connection.run_sync(_upgrade, name)
+            await connection.commit()
+    finally:
+        await engine.dispose()
+
+
+def upgrade_alone(url: str, name: str) -> str | None:
+    """Bring one database to the head, in a process of its own; return what went wrong."""
+    try:
+        asyncio.run(upgrade(url, name))
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else repr(error)
+    return None
 
 
 def _upgrade(connection: Connection, name: str) -> None:
@@ -71,13 +89,15 @@ def run_script(connection: Connection, path: Path) -> None:
 async def ensure_database(admin_url: str, name: str) -> None:
     """Make a database of this name, if there is none, on the server of ``admin_url``."""
     engine = create_async_engine(admin_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    async with engine.connect() as connection:
-        found = await connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name})
-        if not found:
-            # Another process may be faster.
-            with contextlib.suppress(ProgrammingError):
-                await connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
-    await engine.dispose()
+    try:
+        async with engine.connect() as connection:
+            found = await connection.scalar(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name})
+            if not found:
+                # Another process may be faster.
+                with contextlib.suppress(ProgrammingError, IntegrityError):
+                    await connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
+    finally:
+        await engine.dispose()
 
 
 async def ensure_role(admin_url: str, name: str) -> None:

@@ -289,6 +289,8 @@ class Desk(Reception):
             return
         self._settle(row, incoming)
         self.add(row, incoming)
+        if incoming.type == "User.Erase" and row.outcome == "applied" and row.account_id is not None:
+            merchants.decisions.forget(self.settings, row.account_id)
         released = self.released_by_job + self._release_after(incoming, row)
         self.released_by_job = []
         row.released = b"".join(released) or None
@@ -487,6 +489,9 @@ def configure(desk: Desk, given: Given) -> dict[str, Any]:
 
 
 def assign_role(desk: Desk, given: Given) -> dict[str, Any]:
+    account = desk.books.account(desk.account_id_of(given.payload.subject))
+    if account is not None and account.erased_at is not None:
+        raise Refusal(Code.ACCOUNT_ERASED, "the user was erased", {})
     return merchants.decisions.assign_role(desk.settings, desk.account_id_of(given.payload.subject), given.payload)
 
 

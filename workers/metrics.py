@@ -364,7 +364,7 @@ _CHECKS = {
     "balance is the sum of entries": f"""
         SELECT a.account_id FROM accounts a
         WHERE a.account_id = ANY($1::bigint[]) AND a.last_seq <= {ENTRIES_SAMPLED_MAX}
-            AND (a.balance, a.last_seq) IS DISTINCT FROM (
+            AND (a.balance, a.last_seq) <> (
                 SELECT coalesce(sum(e.amount), 0), coalesce(count(*), 0) FROM entries e
                 WHERE e.account_id = a.account_id)
     """,

@@ -12,6 +12,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer
 from aiokafka import TopicPartition as TP
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -102,7 +103,7 @@ class Lookout:
             return Status(time.monotonic(), await self._workers(), lag, found)
 
     async def _ends(self, known: Sequence[Merchant]) -> dict[TP, int]:
-        """Return how many records of each input partition are behind its group's offset, as (end, committed)."""
+        """Return the end of each input partition."""
         if self._consumer is None:
             consumer = AIOKafkaConsumer(bootstrap_servers=self._servers, enable_auto_commit=False, **self._security)
             await consumer.start()
@@ -138,8 +139,13 @@ class Lookout:
         """List the members of the group by their hosts."""
         if self._admin is None:
             self._admin = await connect_admin(self._servers, self._security)
+        try:
+            described = await self._admin.describe_consumer_groups([self._group])
+        except GroupCoordinatorNotAvailableError:
+            # On a new cluster there is no group yet.
+            return []
         hosts = []
-        for response in await self._admin.describe_consumer_groups([self._group]):
+        for response in described:
             for group in response.to_object()["groups"]:
                 hosts += [member["client_host"].lstrip("/") for member in group["members"]]
         return sorted(hosts)

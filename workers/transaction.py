@@ -136,7 +136,9 @@ class Wanted:
             case payloads.ReceiptAttachFiscal():
                 self.receipts.add(payload.receipt_number)
             case payloads.UserRoleAssign() | payloads.UserRoleRevoke():
-                self.subjects.add(account_id_of(payload.subject, secret))
+                subject = account_id_of(payload.subject, secret)
+                self.subjects.add(subject)
+                self.accounts.add(subject)
             case payloads.CommandResolve():
                 self.targets.add(message_identity(payload.source, payload.id))
 
@@ -407,7 +409,8 @@ class Batch:
         names = tuple(column.name for column in fiscal_receipts.columns)
         await insert_rows(connection, fiscal_receipts, names, desk.fiscal.attached)
         if books.erased:
-            await self._erase([account.account_id for account in books.erased])
+            erased = [account.account_id for account in books.erased]
+            await receipts.store.erase_buyers(connection, erased)
         await point("after_documents")
         await self._save_delivery(desk)
         applied.context = self.context
@@ -420,10 +423,6 @@ class Batch:
         desk.inbox |= {row.identity: row for row in rows}
         desk.parked |= {parked.identity: parked for parked in waiting}
         desk.release_for_documents(numbers)
-
-    async def _erase(self, account_ids: list[int]) -> None:
-        await receipts.store.erase_buyers(self.connection, account_ids)
-        await merchants.store.erase_roles(self.connection, account_ids)
 
     async def _save_delivery(self, desk: Desk) -> None:
         for row in chain(desk.new_rows, desk.resolved_rows):

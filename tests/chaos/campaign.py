@@ -18,6 +18,7 @@ from tests.chaos.cluster import Cluster
 from tests.chaos.faults import KINDS, Scene, Strike
 from tests.chaos.generator import CONFIG, PARTITIONS, PRODUCTS, RATES, UNITS, Ear, Json, Load, command
 from tests.chaos.judging import NoVerdictError, ask_judge
+from tests.chaos.points import ZOMBIE_POINTS, Points, all_cases, run_cases
 
 RECOVERY_SECONDS_MAX = 120.0
 SETTLE_SECONDS_MAX = 150.0
@@ -37,6 +38,7 @@ class Plan:
     kinds: tuple[str, ...] = tuple(KINDS)
     environment: dict[str, str] = field(default_factory=dict)
     skip: int = 0
+    points: int | None = None  # so many crash points, all of them by default
 
 
 @dataclass
@@ -52,11 +54,13 @@ class Report:
     sent: int = 0
     aborted: int = 0
     judged: Json = field(default_factory=dict)
+    points: int = 0
+    points_judged: Json = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
         """Whether nothing was lost or doubled, and everything recovered."""
-        return not self.failures and not self.judged.get("findings")
+        return not (self.failures or self.judged.get("findings") or self.points_judged.get("findings"))
 
     def as_json(self, plan: Plan) -> Json:
         """Return the figures."""
@@ -91,6 +95,8 @@ class Report:
             "vain_starts": self.vain_starts,
             "failures": self.failures,
             "judge": judged,
+            "crash_points": self.points,
+            "crash_points_judge": self.points_judged,
         }
 
 
@@ -121,6 +127,7 @@ class Campaign:
             await self._start()
             await self._strike_all(began)
             await self._end()
+            await self._run_points()
         finally:
             await asyncio.to_thread(self.cluster.stop)
             self.report.seconds = time.monotonic() - began
@@ -333,3 +340,22 @@ class Campaign:
                 ends = await self._ear.end_offsets(list(committed))
                 return sum(ends[tp] - committed[tp].offset for tp in ends)
         return 1
+
+    async def _run_points(self) -> None:
+        """Run the crash points on the same services, without the workers."""
+        cases, wanted = all_cases(), self.plan.points
+        if wanted is not None:
+            cases = cases[:: max(1, len(cases) // wanted)][:wanted] if wanted else []
+        if not cases:
+            return
+        self._say(f"{len(cases)} crash points", 0)
+        zombies = ZOMBIE_POINTS if wanted is None else ()
+        async with Points(self.cluster.bootstrap_servers, self.cluster.database_url()) as points:
+            try:
+                verdict = await run_cases(points, cases, zombies, lambda text: self._say(text, 1))
+            except NoVerdictError as error:
+                self.report.failures.append(f"no verdict on crash points: {error}")
+                return
+        self.report.points = len(cases) + len(zombies)
+        self.report.points_judged = verdict
+        self.report.failures += points.failures

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -93,6 +94,8 @@ class Cluster:
         self.has_disk = False
         self._environment = environment or {}
         self._proxies: list[Proxy] = []
+        # Who starts a worker and who looks after it are different threads.
+        self._starting = threading.RLock()
 
     @property
     def bootstrap_servers(self) -> str:
@@ -184,11 +187,16 @@ class Cluster:
 
     def start_worker(self, name: str, fault: str | None = None) -> None:
         """Start a worker process, with a fault built in perhaps; it is started again without when it ends."""
+        with self._starting:
+            self._start_worker(name, fault)
+
+    def _start_worker(self, name: str, fault: str | None) -> None:
         worker = self.workers.get(name)
         if worker is None:
             pid_file = self.state / "run" / f"{name}.pid"
             log = self.state / "logs" / f"{name}.log"
             worker = self.workers[name] = Worker(name, Daemon(pid_file, f"pidfile={pid_file}", log))
+        assert worker.daemon.find() is None, f"{name} runs already"
         environment = self.environment | {"CREDITS_WEB_PORT": str(free_port())}
         if fault:
             environment["CREDITS_FAULT"] = fault
@@ -206,13 +214,15 @@ class Cluster:
     def kill_worker(self, name: str) -> None:
         """Kill a worker; it is started again."""
         worker = self.workers[name]
-        worker.expected = True
-        worker.daemon.kill()
+        with self._starting:
+            worker.expected = True
+            worker.daemon.kill()
 
     def leave(self, name: str, limit: int = 45) -> bool:
         """Send SIGTERM and let the worker stay away; return whether it ended by itself."""
         worker = self.workers[name]
-        worker.wanted = False
+        with self._starting:
+            worker.wanted, worker.expected = False, True
         return worker.daemon.stop(signal.SIGTERM, limit)
 
     def send_signal(self, name: str, number: signal.Signals) -> None:
@@ -237,15 +247,18 @@ class Cluster:
 
     def look_after(self) -> None:
         """Start workers again that ended, and note those that nobody had told to."""
-        for worker in self.workers.values():
-            if not worker.wanted or worker.daemon.find() is not None:
-                continue
-            # A worker started while a service is away ends at once; then it gets its time.
-            if len(worker.starts) > 1 and time.monotonic() - worker.starts[-1] < 1.5:
-                continue
-            if not worker.expected:
-                self.exits.append(Exit(worker.name, worker.served(), tail(worker.daemon.log, 12)))
-            self.start_worker(worker.name)
+        with self._starting:
+            for worker in list(self.workers.values()):
+                if worker.wanted and worker.daemon.find() is None:
+                    self._restart(worker)
+
+    def _restart(self, worker: Worker) -> None:
+        # A worker started while a service is away ends at once; then it gets its time.
+        if len(worker.starts) > 1 and time.monotonic() - worker.starts[-1] < 1.5:
+            return
+        if not worker.expected:
+            self.exits.append(Exit(worker.name, worker.served(), tail(worker.daemon.log, 12)))
+        self._start_worker(worker.name, None)
 
     def server_ports(self, name: str) -> list[int]:
         """Return the ports under which the database knows the connections of a worker."""

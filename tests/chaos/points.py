@@ -28,6 +28,8 @@ from workers.faults import POINTS
 CASE_SECONDS_MAX = 30.0
 # An exception where none is caught, after the commit, ends the process: what it did not finish is delivered again.
 EXIT_CODES = {"die": (137,), "hang": (-signal.SIGKILL,), "raise": (0, 1), "break": (0, 1)}
+# Where a process is frozen while another one takes over.
+ZOMBIE_POINTS = ("after_decode", "after_positions", "after_lock", "before_commit", "after_commit", "after_publish")
 JUSTIFIED = {"justification": "chaos", "actor": "chaos"}
 ACTOR = {"actor": "chaos"}
 
@@ -413,3 +415,24 @@ class Points:
         self.repeats_max += 1
         child.process.kill()
         await self.finish(child, f"zombie at {point}", codes=EXIT_CODES["hang"])
+
+
+async def run_cases(points: Points, cases: Iterable[Case], zombies: Iterable[str], say: Callable[[str], None]) -> Json:
+    """Run cases and zombies for a new merchant, and return the verdict."""
+    await points.make_merchant()
+    for case in cases:
+        await points.run(case)
+        say(str(case))
+    for point in zombies:
+        await points.run_zombie(point)
+        say(f"zombie at {point}")
+    return await points.judge()
+
+
+# What shows each of the planted bugs; one needs a consumer group, and so a campaign.
+REVEALING: dict[str, tuple[tuple[Case, ...], tuple[str, ...]]] = {
+    "no_inbox": ((Case("grant", "after_commit"),), ()),
+    "wrong_position": ((Case("grant", "after_commit"),), ()),
+    "random_id": ((Case("grant", "after_publish"),), ()),
+    "no_owner_fence": ((), ("after_commit",)),
+}

@@ -60,7 +60,7 @@ async def test_a_process_may_die_with_commands_that_wait_for_others(
     async def work(points: Points) -> None:
         await points.run(Case(kind, point))
 
-    assert await find(services, control_url, f"waits-{kind.split()[0]}", work) == []
+    assert await find(services, control_url, f"waits-{kind.partition(' ')[0]}", work) == []
 
 
 @pytest.mark.parametrize("action", ["hang", "raise", "break"])

@@ -1,11 +1,14 @@
 """Every delivery is answered once, every effect happens once."""
 
 import asyncio
+import json
 from collections.abc import Callable
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
-from tests.e2e.blackbox import AVRO, JSON, STRUCTURED, Json, Merchant, Received, Sent, name
+from tests.e2e.blackbox import AVRO, JSON, STRUCTURED, Json, Merchant, Received, Sent, completed, name
+from tests.e2e.conftest import Running
 
 MakeUser = Callable[[], str]
 SAME = ("outcome", "effects", "user_seq", "balance", "debt", "applied_at", "user_id")
@@ -244,3 +247,29 @@ def _product(code: str) -> Json:
     prices = [{"country": "*", "currency": "USD", "amount": "10.00"}]
     product: Json = {"product_code": code, "title": code, "credits": 100, "access_period_days": 30}
     return product | {"distribution": "sellable", "prices": prices}
+
+
+async def test_what_an_aborted_transaction_wrote_is_never_applied(
+    shop: Merchant, running: Running, user: MakeUser
+) -> None:
+    someone = user()
+    producer = AIOKafkaProducer(
+        bootstrap_servers=running.services.kafka_bootstrap_servers, transactional_id=name("transaction")
+    )
+    await producer.start()
+    try:
+        for commits, credits in ((False, 1), (True, 10), (False, 100), (True, 1000)):
+            members = {"grant_id": name(), "user_id": someone, "credits": credits, "access_period_days": 1}
+            members = completed("Grant.Apply", members)
+            attributes = {"specversion": "1.0", "id": name(), "source": "urn:t", "type": "Grant.Apply"}
+            headers = [(f"ce_{key}", value.encode()) for key, value in attributes.items()]
+            headers += [("ce_time", shop.now().encode()), ("content-type", JSON.encode())]
+            await producer.begin_transaction()
+            await producer.send_and_wait(
+                shop.topic("admin"), json.dumps(members).encode(), key=someone.encode(), headers=headers
+            )
+            await (producer.commit_transaction() if commits else producer.abort_transaction())
+    finally:
+        await producer.stop()
+    assert (await shop.grant(someone, 5))["balance"] == 1015
+    assert (await shop.grant(someone, 5))["user_seq"] == 4

@@ -28,7 +28,7 @@ async def test_the_worked_example(simulated: Merchant, user: MakeUser) -> None:
     expired = [one for one in shop.said("results") if one.body["command_type"] == "Lot.Expire"]
     mentioned = [one.body.get("time_effects", {}).get("expired", []) for one in shop.said("results")]
     written = [one.body["effects"] for one in expired] + [lot for lots in mentioned for lot in lots]
-    ours = {one["entry_id"]: abs(one["credits"]) for one in written if one["lot_id"] == bought["effects"]["lot_id"]}
+    ours = {one["entry_id"]: abs(one["credits"]) for one in written if one.get("lot_id") == bought["effects"]["lot_id"]}
     assert list(ours.values()) == [80]
 
 

@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 
 from tests.e2e.blackbox import CONFIG, CONTROL, CONTROL_RESULTS, Bus, Merchant, completed, name, parse_time
+from tests.e2e.conftest import Overdue
 
 
 async def test_a_merchant_registered_while_workers_run_is_served_within_ten_seconds(
@@ -104,3 +106,34 @@ async def test_a_suspended_merchant_is_not_consumed_and_nothing_is_lost(bus: Bus
     results = [(await bus.results(one))[0].body for one in waiting]
     assert [one["balance"] for one in results] == [2, 3, 4, 5, 6]
     assert [len(bus.heard(one)) for one in waiting] == [1] * 5
+
+
+async def test_a_close_that_was_in_time_is_debited_however_long_the_queue_was(bus: Bus, overdue: Overdue) -> None:
+    async with asyncio.timeout(90):
+        while datetime.now(UTC) <= overdue.deadline + timedelta(seconds=1):
+            await asyncio.sleep(0.1)
+    assert bus.heard(overdue.close) == []
+    await bus.control("Merchant.Resume", {"merchant_id": overdue.merchant.id})
+    (result,) = await bus.results(overdue.close)
+    assert (result.body["outcome"], result.body["balance"]) == ("applied", -5), result.body
+    assert parse_time(result.body["applied_at"]) > overdue.deadline
+
+
+async def test_bad_messages_in_the_control_topic_stop_nothing(bus: Bus) -> None:
+    await bus.send(CONTROL, "Merchant.Suspend", b"x", key="k", headers={"ce_id": None})
+    await bus.send(CONTROL, None, None, key="k", headers={"ce_type": None, "ce_source": None})
+    bad = [
+        await bus.send(CONTROL, type_, value, key="k")
+        for type_, value in (
+            ("Merchant.Suspend", b"\xff"),
+            ("Merchant.Suspend", None),
+            ("Merchant.Register", b"{}"),
+            ("Merchant.Close", b"{}"),
+            ("Grant.Apply", b'{"grant_id": "g"}'),
+        )
+    ]
+    answer = await bus.control("Merchant.Suspend", {"merchant_id": "nobody-here"})
+    assert answer["error"]["code"] == "unknown_merchant"
+    codes = [(await bus.results(one))[0].body["error"]["code"] for one in bad]
+    assert codes[:4] == ["malformed", "malformed", "malformed", "unknown_command"]
+    assert codes[4] in ("malformed", "wrong_topic")

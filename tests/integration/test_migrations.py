@@ -1,7 +1,9 @@
 """The declared tables are the migrated ones, and an upgrade of many databases can be stopped, resumed and reported."""
 
 import asyncio
+import os
 import secrets
+import sys
 from io import StringIO
 from typing import Any
 
@@ -137,9 +139,32 @@ async def test_one_database_that_cannot_be_migrated_does_not_stop_the_others(
 
 
 async def test_runs_at_the_same_time_wait_for_each_other(control_url: str) -> None:
-    runs = await asyncio.gather(*(migrate(control_url) for _ in range(3)))
+    environment = os.environ | {"CREDITS_CONTROL_DATABASE_URL": control_url}
+    command = [sys.executable, "-m", "console.main", "migrate"]
+    pipe = asyncio.subprocess.PIPE
+    runs = [await asyncio.create_subprocess_exec(*command, env=environment, stdout=pipe, stderr=pipe) for _ in range(3)]
 
-    assert {step.after for steps in runs for step in steps} == {runner.head("control"), runner.head("merchant")}
+    for process in runs:
+        out, errors = await process.communicate()
+        assert process.returncode == 0, out + errors
+    assert {step.before for step in await versions(control_url)} == {runner.head("control"), runner.head("merchant")}
+
+
+async def test_many_databases_are_brought_forward_at_once(control_url: str) -> None:
+    await migrate(control_url)
+    names = [f"m{secrets.token_hex(4)}" for _ in range(5)]
+    for name in names:
+        await builders.merchant(control_url, name)
+        database = f"credits_m_{name}"
+        await run(control_url, database, "DROP SCHEMA public CASCADE")
+        await run(control_url, database, "CREATE SCHEMA public")
+    seen: list[str] = []
+
+    steps = await migrate(control_url, seen.append)
+
+    migrated_now = {step.database for step in steps if step.before is None and step.after == runner.head("merchant")}
+    assert migrated_now == {f"credits_m_{name}" for name in names}
+    assert migrated_now <= set(seen)
 
 
 async def test_a_worker_refuses_a_control_database_it_does_not_know(control_url: str) -> None:

@@ -33,6 +33,7 @@ ISSUES = int(os.environ.get("CREDITS_SERIES_ISSUES", "2000"))
 PROCESSES = 2
 CONNECTIONS = 6
 ABORTED_SHARE = 0.1
+DOCUMENTS_PER_KILL = 40
 SETTINGS = config(tax_regime="vat", vat_rates=[{"country": "*", "rate": "20"}])
 AMOUNT = Decimal("10.01")
 NAME = "credits-series-test"
@@ -71,7 +72,7 @@ async def client(engine: AsyncEngine, refs: list[str], tally: Tally, choice: ran
     """Issue the documents of all ``refs``, in transactions of a few, until each is committed."""
     settings = MerchantConfig.model_validate(SETTINGS)
     while refs:
-        some = refs[-choice.randrange(1, 5) :]
+        some = refs[-choice.randrange(1, 13) :]
         books = Books(datetime.now(UTC), settings, 1, Catalog())
         books.drafts = list(drafts_of(some, settings, choice.random() < 0.3))
         try:
@@ -111,14 +112,18 @@ def run_clients(url: str, process: int, issues: int) -> Tally:
 
 
 async def kill_connections(connection: asyncpg.Connection, kills: list[int]) -> None:
-    """Terminate one busy client's session after another, for as long as the task runs."""
+    """Terminate a busy client's session each time so many documents were issued, for as long as the task runs."""
     sql = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE application_name = $1 AND state <> 'idle' ORDER BY random() LIMIT 1
     """
+    issued = 0
     while True:
-        kills += [1 for row in await connection.fetch(sql, NAME) if row[0]]
-        await asyncio.sleep(0.25)
+        now_issued = await connection.fetchval("SELECT coalesce(sum(next_number), 0)::bigint FROM document_series")
+        if now_issued >= issued + DOCUMENTS_PER_KILL:
+            issued = now_issued
+            kills += [1 for row in await connection.fetch(sql, NAME) if row[0]]
+        await asyncio.sleep(0.02)
 
 
 @pytest.mark.timeout(3600)
@@ -128,7 +133,7 @@ async def test_no_number_is_missing_or_given_twice(services: Services) -> None:
     await runner.ensure_role(admin_url, WORKER_GROUP)
     await runner.ensure_database(admin_url, f"series_{os.getpid()}")
     await runner.upgrade(engine_url(url).render_as_string(hide_password=False), "merchant")
-    killer = await asyncpg.connect(services.postgres_url)
+    killer = await asyncpg.connect(url)
     kills: list[int] = []
 
     killing = asyncio.create_task(kill_connections(killer, kills))

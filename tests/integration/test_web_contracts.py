@@ -190,13 +190,15 @@ async def test_schemathesis_finds_no_failure(shop: Shop, results: list[dict[str,
     assert results
     base = str(shop.api.client.make_url("")).rstrip("/")
     program = Path(sys.executable).with_name("schemathesis")
-    options = ["--max-examples=10", "--seed=1", "--no-color", "--generation-database=none", "--generation-codec=ascii"]
-    options += ["--phases=examples,coverage,fuzzing", "--header"]
+    # What a schema can't say makes valid requests be refused: that a cursor is not made up, that as_of excludes as_of_seq.
+    options = ["--exclude-checks=positive_data_acceptance", "--phases=examples,coverage,fuzzing"]
+    options += ["--max-examples=10", "--seed=1", "--generation-database=none", "--generation-codec=ascii", "--no-color"]
     process = await asyncio.create_subprocess_exec(
         program,
         "run",
         f"{base}/openapi.json",
         *options,
+        "--header",
         f"Authorization: Bearer {ROOT_TOKEN}",
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -53,7 +53,7 @@ def end_row(row: dict[str, Any], given: datetime | None, now: datetime) -> datet
 def pick(rows: list[dict[str, Any]], start: datetime | None, now: datetime) -> dict[str, Any] | None:
     """Find the row that begins at ``start``; by default the active one, else the one that ended last."""
     if start is not None:
-        return next((row for row in rows if row["start"] == start), None)
+        return min((row for row in rows if row["start"] == start), key=withdrawn, default=None)
     ended = [row for row in rows if row["end"] is not None and row["end"] <= now and not withdrawn(row)]
     return next((row for row in rows if active(row, now)), max(ended, key=lambda row: row["end"], default=None))
 
@@ -148,7 +148,7 @@ class Catalogue:
             there = active(other, now) if row["start"] == now else other["start"] == row["start"]
             if there and other["amount"] == row["amount"] and other["end"] is None:
                 return other
-        if any(meet(row, other) or row["start"] == other["start"] for other in self._same_prices(p)):
+        if any(meet(row, other) for other in self._same_prices(p)):
             raise Refused("period_overlap")
         self.prices.append(row)
         return row
@@ -184,18 +184,18 @@ class Catalogue:
             "minimum": p.get("minimum_charge", 1),
             "workflow_type": p.get("workflow_type"),
         }
-        rows = self._versions(p["operation_code"])
+        rows = [row for row in self._versions(p["operation_code"]) if not withdrawn(row)]
+        end = min((other["start"] for other in rows if other["start"] > start), default=None)
         for other in rows:
             there = active(other, now) if start == now else other["start"] == start
-            if there and not withdrawn(other) and terms.items() <= other.items():
+            if there and other["end"] == end and terms.items() <= other.items():
                 return other
         if any(other["start"] == start for other in rows):
             raise Refused("period_overlap")
         for other in rows:
             if active(other, start):
                 other["end"] = start
-        scheduled = [other["start"] for other in rows if other["start"] > start and not withdrawn(other)]
-        row = terms | {"start": start, "end": min(scheduled, default=None)}
+        row = terms | {"start": start, "end": end}
         self.types.append(row)
         return row
 

@@ -74,9 +74,9 @@ def test_the_median_repetition_is_what_is_reported_and_compared() -> None:
 def test_a_target_is_told_only_of_what_was_measured() -> None:
     slow = line(Served(commands=10, rates=[4_999.0]), None, None, None)
     fast = line(Served(commands=10, rates=[5_000.0]), None, None, None)
-    assert [met for what, _, met in targets({"hot_user": slow}, None) if "hot" in what] == [False]
-    assert [met for what, _, met in targets({"hot_user": fast}, None) if "hot" in what] == [True]
-    assert targets({}, None) == []
+    assert [met for what, _, met in targets({"hot_user": slow}) if "hot" in what] == [False]
+    assert [met for what, _, met in targets({"hot_user": fast}) if "hot" in what] == [True]
+    assert targets({}) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(SCENARIOS) - {"real_trace"}))

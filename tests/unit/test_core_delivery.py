@@ -476,3 +476,16 @@ def test_a_role_is_assigned_replaced_and_revoked() -> None:
     assert list(core.roles.values()) == ["admin"]
     assert core.applied("UserRole.Revoke", subject="s", role="admin", actor="a")["effects"] == {"subject": "s"}
     assert core.roles == {}
+
+
+def test_a_role_given_after_an_erasure_does_not_depend_on_where_batches_end() -> None:
+    outcomes = []
+    for in_one_batch in (True, False):
+        core = shop()
+        give(core, 1)
+        erase = core.message("User.Erase", admin(request_id="e", user_id="u"))
+        assign = core.message("UserRole.Assign", {"subject": "u", "role": "support", "actor": "admin"})
+        results = core.batch([erase, assign]) if in_one_batch else core.send(erase) + core.send(assign)
+        outcomes.append(([result["outcome"] for result in results], core.roles))
+
+    assert outcomes[0] == outcomes[1]

@@ -13,6 +13,7 @@ function element(name, text, attributes = {}) {
 }
 
 const number = (value) => Number(value).toLocaleString("en");
+const minute = (text) => (text ? text.slice(5, 16).replace("T", " ") : "");
 const moment = (text) => (text ? text.slice(0, 19).replace("T", " ") : "");
 
 class Refused extends Error {
@@ -152,12 +153,12 @@ async function open(name) {
     ["payment", (p) => p.external_ref || "unreadable"],
     ["reason", (p) => (p.error ? p.error.code : p.status)],
     ["times", (p) => number(p.times || 1), "number"],
-    ["since", (p) => moment(p.first_refused_at || p.refused_at || p.noted_at)],
+    ["since", (p) => minute(p.first_refused_at || p.refused_at || p.noted_at)],
   ], "Every paid order was settled."));
   $("letters").replaceChildren(table(letters.items, [
     ["place", (l) => `${l.topic}/${l.partition}/${l.offset}`],
     ["code", (l) => l.code],
-    ["noted", (l) => moment(l.noted_at)],
+    ["noted", (l) => minute(l.noted_at)],
   ], "None."));
   await refresh();
 }

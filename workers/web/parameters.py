@@ -108,7 +108,7 @@ def country(name: str, meaning: str) -> Parameter:
             raise ValueError("is an ISO 3166-1 alpha-2 country code")
         return text
 
-    return Parameter(name, meaning, {"type": "string", "enum": sorted(COUNTRIES)}, read)
+    return Parameter(name, meaning, {"type": "string", "pattern": "^[A-Z]{2}$"}, read)
 
 
 def cursor(name: str, meaning: str) -> Parameter:

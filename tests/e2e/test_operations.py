@@ -1,0 +1,105 @@
+"""The operators' commands on running workers: status, dead letters, and a restore under traffic."""
+
+import asyncio
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.e2e.blackbox import Bus, name
+from tests.e2e.conftest import Running
+
+
+async def credits(running: Running, *arguments: str, fails: bool = False) -> str:
+    """Run the command line and return what it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "console.main",
+        *arguments,
+        env=os.environ | running.environment | {"COLUMNS": "200"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await process.communicate()
+    assert bool(process.returncode) == fails, out.decode()
+    return out.decode()
+
+
+async def test_the_status_shows_workers_and_merchants(running: Running, bus: Bus, user: Callable[[], str]) -> None:
+    merchant = await bus.register()
+    await merchant.grant(user(), 5)
+
+    said = await credits(running, "status")
+
+    assert "no worker" not in said
+    assert re.search(rf"{merchant.id} +active +0 ", said), said
+
+
+async def test_a_dead_letter_is_listed_shown_and_redriven(running: Running, bus: Bus, user: Callable[[], str]) -> None:
+    merchant = await bus.register()
+    await merchant.stock()
+    sent = await bus.send(f"credits.{merchant.id}.operations", "Operation.Open", b"{", key=user())
+    (refused,) = await bus.results(sent)
+    assert refused.body["error"]["code"] == "malformed"
+    place = f"{sent.topic}/{sent.partition}/{sent.offset}"
+
+    assert place in await credits(running, "dead-letters", "list", merchant.id)
+    shown = json.loads(await credits(running, "dead-letters", "show", merchant.id, place))
+    assert shown["headers"]["ce_id"] == sent.id
+    assert shown["bytes"] == 1
+    said = await credits(running, "dead-letters", "redrive", merchant.id, place)
+    again = f"{sent.id}#redriven-{sent.partition}-{sent.offset}"
+    assert again in said
+    topic = f"credits.{merchant.id}.results"
+    await bus.until("the second refusal", lambda: [r for r in bus.topics[topic] if r.body["command_id"] == again])
+    # What was redriven is off the list; that it failed again is a dead letter of its own.
+    assert place not in await credits(running, "dead-letters", "list", merchant.id)
+    assert place in await credits(running, "dead-letters", "list", merchant.id, "--all")
+    assert "redriven already" in await credits(running, "dead-letters", "redrive", merchant.id, place, fails=True)
+
+
+async def test_a_database_lost_under_traffic_is_restored_and_every_command_is_applied_once(
+    running: Running, bus: Bus, user: Callable[[], str], tmp_path: Path
+) -> None:
+    merchant = await bus.register()
+    await merchant.stock()
+    users = [user() for _ in range(5)]
+    dump = str(tmp_path / "dump")
+    for someone in users:
+        await merchant.buy(someone)
+    await credits(running, "backup", merchant.id, "--out", dump)
+    members = {"access_period_days": 9, "credits": 3}
+    sent = [await merchant.send("Grant.Apply", members | {"user_id": u, "grant_id": name("g")}) for u in users * 6]
+    for someone in users:
+        await merchant.buy(someone)
+    before = {one.id: (await bus.results(one))[0] for one in sent}
+    receipts = list(bus.topics[f"credits.{merchant.id}.receipts"])
+
+    await bus.control("Merchant.Suspend", {"merchant_id": merchant.id})
+    waiting = [await merchant.send("Grant.Apply", members | {"user_id": u, "grant_id": name("g")}) for u in users]
+    said = await credits(running, "restore", merchant.id, dump)
+    assert "commands imposed" in said
+    await bus.control("Merchant.Resume", {"merchant_id": merchant.id})
+
+    late = [(await bus.results(one))[0].body for one in waiting]
+    assert [one["outcome"] for one in late] == ["applied"] * len(users)
+    for someone, one in zip(users, late, strict=True):
+        # Two purchases, six grants before and one after.
+        assert one["user_seq"] == 9, someone
+    again = [await merchant.send("Grant.Apply", json.loads(one.value or b""), id=one.id) for one in sent[:5]]
+    topic = f"credits.{merchant.id}.results"
+    wanted = {one.id for one in again}
+
+    def answered_twice() -> bool:
+        answers = [r for r in bus.topics[topic] if r.body["command_id"] in wanted]
+        return len(answers) >= 2 * len(again)
+
+    await bus.until("the answers to duplicates", answered_twice)
+    for message in bus.topics[topic]:
+        if message.body["command_id"] in wanted:
+            assert message.value == before[message.body["command_id"]].value
+    assert bus.topics[f"credits.{merchant.id}.receipts"] == receipts
+    assert "not" not in (await credits(running, "verify", merchant.id)).lower().replace("nothing", "").split()
