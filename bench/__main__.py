@@ -89,9 +89,9 @@ async def _scenarios(
                 say("Faust without work")
                 idle = await limits.idle_faust(ground, scenario, "bench-idle")
         lines[scenario.name] = report.line(served, plain, parallel, limit)
+        document |= {"scenarios": lines, "faust_without_work_per_second": idle and round(idle)}
+        report.save(document)
         console.print(f"{scenario.title}: {served.commands_per_second:,.0f} commands/s, p99 {served.p99_ms} ms")
-    document |= {"scenarios": lines, "faust_without_work_per_second": idle and round(idle)}
-    report.save(document)
     report.show(console, lines, idle)
     if extent is service.FULL and compare and len(scenarios) == len(SCENARIOS):
         report.chart(lines)

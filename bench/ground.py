@@ -215,24 +215,30 @@ class Ground:
         async for records in self.read(starts, ends):
             for record in records:
                 result = orjson.loads(record.value or b"{}")
-                counts[result["command_id"]] += 1
-                times[result["command_id"]] = record.timestamp
+                command = _name(record, result["command_id"])
+                counts[command] += 1
+                times[command] = record.timestamp
                 if result["outcome"] != "applied":
                     refused[result["error"]["code"]] += 1
         return Answers(times, counts, refused)
 
     async def sent_times(self, starts: Offsets, ends: Offsets) -> dict[str, int]:
-        """Read when each command was written, by its id."""
+        """Read when each command was written."""
         times = {}
         async for records in self.read(starts, ends):
             for record in records:
-                times[dict(record.headers)["ce_id"].decode()] = record.timestamp
+                times[_name(record, dict(record.headers)["ce_id"].decode())] = record.timestamp
         return times
 
 
 def results_topics(merchants: Iterable[str]) -> list[str]:
     """Return the topics of the merchants' results."""
     return [results_topic(merchant) for merchant in merchants]
+
+
+def _name(record: Record, message_id: str) -> str:
+    """Name a command: merchants may use the same ids."""
+    return f"{record.topic.split('.')[1]}/{message_id}"
 
 
 def _justified(merchant: str) -> dict[str, str]:

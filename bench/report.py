@@ -19,6 +19,7 @@ BEGIN, END = "<!-- figures -->", "<!-- end of the figures -->"
 GROWTH_CHART = ROOT / "docs" / "performance-growth"
 
 SERVICE, BASELINE, LIMIT = "#2a6f97", "#c1666b", "#b8b8b8"
+LATE_SECONDS_MAX = 1
 Line = dict[str, Any]
 
 
@@ -31,6 +32,7 @@ def line(served: Served, plain: float | None, plain_parallel: float | None, limi
         "p50_ms": served.p50_ms,
         "p99_ms": served.p99_ms,
         "at_commands_per_second": round(served.at_rate),
+        "generator_late_seconds": round(served.late_seconds, 1),
         "ratio_to_baseline": ratio(speed, plain),
         "ratio_to_parallel_baseline": ratio(speed, plain_parallel),
         "ratio_to_postgres_limit": ratio(speed, limit),
@@ -115,6 +117,10 @@ def show(console: Console, lines: dict[str, Line], idle: float | None) -> None:
     console.print(table(lines))
     if idle is not None:
         console.print(_idle_text(idle), highlight=False)
+    for name, one in lines.items():
+        if one["generator_late_seconds"] > LATE_SECONDS_MAX:
+            late = f"{SCENARIOS[name].title}: the generator was {one['generator_late_seconds']} s late"
+            console.print(f"[yellow]![/] {late}, the machine was too busy for its latencies", highlight=False)
     for what, figure, met in targets(lines):
         console.print(f"[{'green' if met else 'red'}]{'✓' if met else '✗'}[/] {what}: {figure}", highlight=False)
 

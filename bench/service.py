@@ -46,6 +46,7 @@ class Served:
         cpu_us: processor time that each part spent on one command of the last drain, in microseconds.
         memory_mib: of all workers after the last drain.
         p50_ms, p99_ms, at_rate: from produce to result, at a rate of so many commands a second.
+        late_seconds: by which the generator missed that rate; then the machine was too busy to tell a latency.
     """
 
     commands: int
@@ -56,6 +57,7 @@ class Served:
     p50_ms: float = 0
     p99_ms: float = 0
     at_rate: float = 0
+    late_seconds: float = 0
 
     @property
     def commands_per_second(self) -> float:
@@ -145,8 +147,7 @@ async def _steady(ground: Ground, scenario: Scenario, merchants: Sequence[str], 
     before = await ground.ends(inputs, scenario.partitions)
     starts = await ground.ends(results_topics(merchants), scenario.partitions)
     took = await ground.generate(scenario, merchants, count, "steady", served.at_rate)
-    if took > 1.2 * seconds + 1:
-        raise StackError(f"the generator needed {took:.1f} seconds instead of {seconds}")
+    served.late_seconds = max(0.0, took - seconds)
     ends = await ground.wait(starts, count, SETUP_SECONDS_MAX)
     answers = await ground.answers(starts, ends)
     check(answers, count)

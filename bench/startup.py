@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -40,25 +41,31 @@ async def measure(ground: Ground, say: Say, console: Console) -> dict[str, Any]:
 def _up() -> dict[str, float]:
     """Time `credits up` for an empty folder, and once more after `credits down`; the download is there already."""
     root = FOLDER / "up"
-    (root / ".credits").mkdir(parents=True, exist_ok=True)
+    _remove(root)
+    (root / ".credits").mkdir(parents=True)
     (root / ".credits" / "jars").symlink_to(jars())
-    environment = {**os.environ, "CREDITS_ROOT": str(root)}
-
-    def run(command: str) -> float:
-        began = time.monotonic()
-        arguments = [sys.executable, "-m", "console.main", command]
-        done = subprocess.run(arguments, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise StackError(f"credits {command} failed:\n{done.stdout}{done.stderr}")
-        return round(time.monotonic() - began, 1)
-
     try:
-        first = run("up")
-        run("down")
-        again = run("up")
-        return {"up_first_seconds": first, "up_seconds": again, "down_seconds": run("down")}
+        first = _run("up", root)
+        _run("down", root)
+        again = _run("up", root)
+        return {"up_first_seconds": first, "up_seconds": again, "down_seconds": _run("down", root)}
     finally:
-        run("down")
+        _remove(root)
+
+
+def _run(command: str, root: Path) -> float:
+    """Run a command of the command line for a folder; returns the seconds it took."""
+    began = time.monotonic()
+    arguments, environment = [sys.executable, "-m", "console.main", command], {**os.environ, "CREDITS_ROOT": str(root)}
+    done = subprocess.run(arguments, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise StackError(f"credits {command} failed:\n{done.stdout}{done.stderr}")
+    return round(time.monotonic() - began, 1)
+
+
+def _remove(root: Path) -> None:
+    if root.exists():
+        _run("down", root)
         shutil.rmtree(root)
 
 

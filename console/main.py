@@ -136,6 +136,44 @@ def _fail(error: Exception) -> NoReturn:
     raise typer.Exit(1)
 
 
+tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens of services and people.")
+app.add_typer(tokens_app, name="tokens")
+
+
+@tokens_app.command("create")
+def create_token(
+    role: Annotated[str, typer.Argument(help="user, support, admin, upstream, auditor or metrics.")],
+    merchant: Annotated[str | None, typer.Option(help="The only merchant it is good for; all without it.")] = None,
+    subject: Annotated[str | None, typer.Option(help="The user id of a user's token.")] = None,
+    note: Annotated[str | None, typer.Option(help="What it is for.")] = None,
+) -> None:
+    """Make a token and show it: the only time it can be seen."""
+    from console.tokens import create
+
+    try:
+        text = asyncio.run(create(control_url(), role, merchant, subject, note))
+    except ValueError as error:
+        _fail(error)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@tokens_app.command("list")
+def list_tokens() -> None:
+    """List all tokens, revoked ones too; a token's text is not kept."""
+    from console.tokens import table
+
+    console.print(asyncio.run(table(control_url())))
+
+
+@tokens_app.command("revoke")
+def revoke_token(token_id: Annotated[str, typer.Argument(help="As `list` shows it.")]) -> None:
+    """End a token; workers forget it within a second."""
+    from console.tokens import revoke
+
+    if not asyncio.run(revoke(control_url(), token_id)):
+        _fail(ValueError(f"there is no token {token_id} in force"))
+
+
 letters_app = typer.Typer(no_args_is_help=True, help="Messages that could not be read or decided.")
 app.add_typer(letters_app, name="dead-letters")
 _Place = Annotated[str, typer.Argument(help="topic/partition/offset, as `list` shows it.")]

@@ -249,8 +249,6 @@ class Core:
         self.config, self.config_version = desk.settings.config, desk.settings.version
         erased = {account.account_id for account in desk.books.erased}
         self.buyers = [block for block in self.buyers if block.account_id not in erased]
-        for account_id in erased:
-            self.roles.pop(account_id, None)
         for row in self.inbox.values() if erased else ():
             if row.account_id in erased:
                 row.user_id = desk.books.accounts[row.account_id].user_id

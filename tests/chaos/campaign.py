@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from tests.chaos.cluster import Cluster
-from tests.chaos.faults import KINDS, Scene, Strike
+from tests.chaos.faults import KINDS, MissedError, Scene, Strike
 from tests.chaos.generator import CONFIG, PARTITIONS, PRODUCTS, RATES, UNITS, Ear, Json, Load, command
 from tests.chaos.judging import NoVerdictError, ask_judge
 from tests.chaos.points import ZOMBIE_POINTS, Points, all_cases, run_cases
@@ -49,6 +49,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
     exits: list[tuple[str, str]] = field(default_factory=list)
     vain_starts: int = 0
+    missed: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     seconds: float = 0.0
     sent: int = 0
@@ -92,6 +93,7 @@ class Report:
             },
             "skipped": self.skipped,
             "unplanned_exits": [{"during": during, "log": log} for during, log in self.exits],
+            "missed": self.missed,
             "vain_starts": self.vain_starts,
             "failures": self.failures,
             "judge": judged,
@@ -279,6 +281,10 @@ class Campaign:
     async def _strike(self, kind: str) -> None:
         try:
             strike = await KINDS[kind][0](self._scene)
+        except MissedError as missed:
+            self.report.missed.append(f"{kind}: {missed}")
+            self._say(f"missed: {missed}", 1)
+            return
         except Exception as error:
             self.report.failures.append(f"{kind}: {error!r}")
             strike = Strike(repr(error))

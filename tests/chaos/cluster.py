@@ -207,10 +207,6 @@ class Cluster:
         worker.wanted, worker.expected = True, fault is not None
         worker.starts.append(time.monotonic())
 
-    def is_alive(self, name: str) -> bool:
-        """Tell whether a worker runs."""
-        return self.workers[name].daemon.find() is not None
-
     def kill_worker(self, name: str) -> None:
         """Kill a worker; it is started again."""
         worker = self.workers[name]

@@ -130,7 +130,7 @@ class Proxy:
     async def _pass(
         self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, from_client: bool
     ) -> None:
-        with contextlib.suppress(ConnectionError, OSError):
+        with contextlib.suppress(ConnectionError, OSError, asyncio.CancelledError):
             while data := await reader.read(CHUNK):
                 if link.deaf:
                     await link.over.wait()

@@ -76,8 +76,8 @@ def running(services: Services, scratch: Path) -> Iterator[Running]:
             running.start(worker)
         yield running
     finally:
-        for worker in ("worker-1", "worker-2"):
-            stack.stop_worker(worker)
+        ended = [stack.stop_worker(worker) for worker in ("worker-1", "worker-2")]
+    assert ended == [True, True], "a worker did not end by itself after SIGTERM"
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -364,7 +364,7 @@ async def test_a_tail_cut_off_with_its_account_row_rewound_is_found(books: Books
         f"""
         DELETE FROM entries WHERE (account_id, user_seq) IN (
             SELECT account_id, user_seq FROM accounts JOIN ({last}) l USING (account_id)
-            WHERE last_seq = user_seq ORDER BY 1 LIMIT 1)
+            WHERE last_seq = user_seq AND last_seq > 1 ORDER BY 1 LIMIT 1)
         """,
         """
         UPDATE accounts a SET last_seq = e.user_seq, balance = balance_after, debt = debt_after, head = hash,

@@ -12,10 +12,11 @@ import pytest_asyncio
 import ledger.store
 from catalog.sql import fetch
 from ledger.model import account_id_of, entry_id_of
+from merchants.registry import Merchant
 from merchants.schema import migrate
 from tests import builders
 from tests.builders import Clerk, Record, clerk, merchant
-from tests.core import closing, config, opening
+from tests.core import closing, config, opening, purchase, wire_time
 from tests.model.ledger import Ledger
 from tests.model.traffic import WAITS, Traffic, compare, first_catalogue
 from tests.services import Services
@@ -187,3 +188,59 @@ async def test_a_redelivered_batch_with_a_parked_command_repeats_nothing_for_it(
         )
         assert (opened["error"]["code"], closed["error"]["code"]) == ("unknown_operation_type", "operation_not_open")
         assert await at_work.apply(record) == [closed]
+
+
+async def shop(control_url: str, merchant_id: str) -> tuple[Merchant, Any]:
+    """Make a merchant that sells P100, and a function that makes records of its commands."""
+    made = await merchant(control_url, merchant_id, simulated=True, **config(), vat_rates=[])
+
+    def record(command_type: str, payload: dict[str, Any], command_id: str | None = None) -> Record:
+        return builders.command(command_type, payload, command_id=command_id, merchant_id=merchant_id)
+
+    async with clerk(made) as at_work:
+        for command_type, payload in first_catalogue():
+            await at_work.apply(record(command_type, payload))
+    return made, record
+
+
+def attachment(**changes: Any) -> dict[str, Any]:
+    members = {"receipt_number": f"R-{datetime.now(UTC).year}-0001", "kind": "sale", "fiscal_number": "f"}
+    return members | {"authority": "SRC", "fiscal_at": wire_time(datetime.now(UTC)), "actor": "admin"} | changes
+
+
+def payment() -> dict[str, Any]:
+    return purchase(product_code="P100", order_placed_at=wire_time(datetime.now(UTC)))
+
+
+async def test_what_waits_for_a_receipt_is_decided_in_order_of_arrival_over_batches(control_url: str) -> None:
+    made, record = await shop(control_url, "model-order")
+    async with clerk(made) as at_work:
+        assert await at_work.apply(record("Receipt.AttachFiscal", attachment(), "first")) == []
+
+        second = attachment(actor="another")
+        results = await at_work.apply(
+            record("Purchase.Settled", payment()), record("Receipt.AttachFiscal", second, "second")
+        )
+
+        outcomes = {result["command_id"]: result["outcome"] for result in results}
+        assert (outcomes["first"], outcomes["second"]) == ("applied", "rejected")
+
+
+@pytest.mark.parametrize("purchase_first", [True, False])
+async def test_what_is_given_up_in_the_batch_of_its_receipt_is_decided_once(
+    control_url: str, purchase_first: bool
+) -> None:
+    made, record = await shop(control_url, f"model-once-{int(purchase_first)}")
+    async with clerk(made) as at_work:
+        assert await at_work.apply(record("Receipt.AttachFiscal", attachment(), "early")) == []
+        async with at_work.engine.begin() as connection:
+            await connection.exec_driver_sql("UPDATE merchant_state SET clock_offset = interval '20 minutes'")
+        records = [
+            record("Purchase.Settled", payment()),
+            record("Command.Resolve", {"source": "test", "id": "early"}, "job"),
+        ]
+
+        results = await at_work.apply(*(records if purchase_first else reversed(records)))
+
+        assert sorted(result["command_id"] for result in results).count("early") == 1
+        assert (await verify(at_work.engine)).ok

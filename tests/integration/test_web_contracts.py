@@ -190,9 +190,9 @@ async def test_schemathesis_finds_no_failure(shop: Shop, results: list[dict[str,
     assert results
     base = str(shop.api.client.make_url("")).rstrip("/")
     program = Path(sys.executable).with_name("schemathesis")
-    # What a schema can't say makes valid requests be refused: that a cursor is not made up, that as_of excludes as_of_seq.
+    # A schema can't say that a cursor is not made up, and that as_of excludes as_of_seq: such requests look valid.
     options = ["--exclude-checks=positive_data_acceptance", "--phases=examples,coverage,fuzzing"]
-    options += ["--max-examples=10", "--seed=1", "--generation-database=none", "--generation-codec=ascii", "--no-color"]
+    options += ["--max-examples=5", "--seed=1", "--generation-database=none", "--generation-codec=ascii", "--no-color"]
     process = await asyncio.create_subprocess_exec(
         program,
         "run",

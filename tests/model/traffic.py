@@ -98,7 +98,10 @@ class Traffic:
                 made = self.again(random.choice(self.sent))
             else:
                 made = self.message(*(self.erasure if self.chance(150) else random.choice(self._kinds))())
-            if any(made["type"].split(".")[0] == m["type"].split(".")[0] in CATALOGUE for m in found):
+            types = {m["type"] for m in found}
+            # What waits for a receipt is released at the end of a batch, when the receipt has its number.
+            early = made["type"] == "Command.Resolve" and "Purchase.Settled" in types
+            if early or made["type"].split(".")[0] in {t.split(".")[0] for t in types} & set(CATALOGUE):
                 made = self.message(*self.adjustment())
             found.append(made)
         self.sent += found

@@ -16,7 +16,17 @@ def services() -> dict[str, Any]:
 
 
 def test_the_services_are_there(services: dict[str, Any]) -> None:
-    assert set(services) == {"postgres", "kafka", "migrate", "worker"}
+    assert set(services) == {"postgres", "kafka", "migrate", "worker", "prometheus", "grafana"}
+
+
+def test_monitoring_is_there_for_who_asks_for_it(services: dict[str, Any]) -> None:
+    configs = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["configs"]
+
+    assert [name for name, service in services.items() if service.get("profiles")] == ["prometheus", "grafana"]
+    files = [config["file"] for config in configs.values() if "file" in config]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+    wanted = {entry["source"] for name in ("prometheus", "grafana") for entry in services[name]["configs"]}
+    assert wanted == set(configs)
 
 
 def test_ports_are_published_on_this_machine_only(services: dict[str, Any]) -> None:
@@ -67,7 +77,9 @@ def test_records_get_the_time_of_their_arrival(services: dict[str, Any]) -> None
 def test_data_are_in_volumes(services: dict[str, Any]) -> None:
     volumes = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["volumes"]
 
-    mounted = {volume.split(":")[0] for name in ("postgres", "kafka") for volume in services[name]["volumes"]}
+    mounted = {
+        volume.split(":")[0] for name in ("postgres", "kafka", "prometheus") for volume in services[name]["volumes"]
+    }
     assert mounted == set(volumes)
 
 

@@ -159,7 +159,7 @@ def _page(item: dict[str, Any], *, with_cut: bool) -> dict[str, Any]:
 
 def _responses(endpoint: Endpoint, content: dict[str, Any]) -> dict[str, Any]:
     tag = {"ETag": {"description": "Names this answer.", "schema": {"type": "string"}}}
-    statuses = {400, 401, 403, 404, 413, 414, 429, 500, 503}
+    statuses = {400, 401, 403, 404, 413, 422, 429, 500, 503}
     if endpoint.is_about_user:
         statuses |= {REGISTRY[Code.NOT_DUE].http_status, REGISTRY[Code.ACCOUNT_ERASED].http_status}
     return {
@@ -177,7 +177,7 @@ def _about_the_process() -> dict[str, Any]:
             "operationId": name,
             "summary": summary,
             "responses": {"200": {"description": "The answer.", "content": {media_type: {}}}}
-            | {str(status): {"$ref": "#/components/responses/Problem"} for status in (413, 414, *statuses)},
+            | {str(status): {"$ref": "#/components/responses/Problem"} for status in (413, 422, *statuses)},
         }
         return {"get": shown | ({"security": []} if public else {})}
 

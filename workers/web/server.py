@@ -122,7 +122,7 @@ class Server:
             # The framework brings addresses of its own, which ask nobody who they are.
             raise problem(Code.NOT_FOUND)
         if len(request.rel_url.raw_query_string) > QUERY_LENGTH_MAX:
-            raise ProblemError(problem(Code.LIMIT_EXCEEDED, "the query is too long").refusal, status=414)
+            raise problem(Code.LIMIT_EXCEEDED, "the query is too long")
         if (request.content_length or 0) > BODY_LENGTH_MAX or "Transfer-Encoding" in request.headers:
             raise ProblemError(problem(Code.LIMIT_EXCEEDED, "a query has no body").refusal, status=413)
 
@@ -130,7 +130,9 @@ class Server:
         resource = request.match_info.route.resource
         address = resource.canonical if resource is not None else None
         if is_trouble(error):
-            log.warning("a query can't be answered now", address=address, error=repr(error)[:500])
+            # Not the whole error: it may repeat what was asked for.
+            cause = getattr(error, "orig", None) or error
+            log.warning("a query can't be answered now", address=address, error=type(cause).__name__)
             return unavailable("the database can't be reached, or is too slow, at the moment")
         log.error("a query failed", address=address, error=type(error).__name__, exc_info=error)
         return problem(Code.INTERNAL_ERROR, "the service failed on this query")
