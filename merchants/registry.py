@@ -6,7 +6,7 @@ simply done again.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import URL, make_url
@@ -28,8 +28,8 @@ class Merchant:
     merchant_id: str
     state: str  # provisioning | active | suspended
     database_url: str
-    password: str
-    secret: bytes
+    password: str = field(repr=False)
+    secret: bytes = field(repr=False)
     partitions: int
     simulated: bool
     command: bytes

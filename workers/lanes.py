@@ -15,6 +15,7 @@ from typing import Protocol, TypeAlias
 
 from aiokafka import ConsumerRecord, TopicPartition
 
+from workers.faults import planted
 from workers.logs import die
 
 TP: TypeAlias = TopicPartition
@@ -401,6 +402,8 @@ class Lane:
             return
         self._rest.clear()
         try:
+            if planted("commit_early"):
+                self._committer.submit(lease, {TP(r.topic, r.partition): r.offset + 1 for r in batch})
             outcome = await self._handler.process(self.merchant, batch, lease)
             self._counters.batches += 1
             self._counters.records += len(batch)

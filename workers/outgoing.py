@@ -1,5 +1,6 @@
 """Makes the messages of a batch: results, receipts and dead letters, the same bytes each time (spec §10)."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from schemas.payloads import COMMANDS
 from schemas.topics import dead_letter_topic, receipts_topic, results_topic
 from workers.decide import Answer
 from workers.documents import Issued
+from workers.faults import planted
 from workers.inbox import DeadLetter, Row
 from workers.publisher import OutMessage
 
@@ -72,6 +74,8 @@ def results(merchant: str | None, answers: Sequence[Answer], accounts: Mapping[i
         user_id = user_of(answer, accounts)
         value = result_value(row, user_id, answer.payload)
         event_id = result_id(merchant, answer.source, answer.id, row.fingerprint.hex())
+        if planted("random_id"):
+            event_id = str(uuid.uuid4())
         headers = result_headers(merchant, event_id, row.applied_at(), Encoding(row.encoding), answer.traceparent)
         key = key_of(answer, user_id)
         messages += [OutMessage(topic, key, value, headers, answer.partition)] * answer.times

@@ -6,6 +6,7 @@ one command is answered ``internal_error``, the rest goes on.
 """
 
 import asyncio
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from schemas.errors import Code
 from schemas.topics import parse_input
 from workers import outgoing, positions
 from workers.decide import PoisonError
-from workers.faults import point
+from workers.faults import planted, point
 from workers.inbox import Position, keyed
 from workers.lanes import Lease, Outcome, Record
 from workers.positions import Claim, LostOwnershipError
@@ -299,7 +300,10 @@ class Pipeline:
                     context.config.external_ref_patterns,
                     self._resource_amount_max,
                 )
-            messages.append(decode_safely(record, found))
+            message = decode_safely(record, found)
+            if planted("no_inbox") and isinstance(message, Incoming):
+                message.identity, message.business_key = os.urandom(16), None
+            messages.append(message)
         return messages
 
     async def _transaction(

@@ -30,7 +30,7 @@ from schemas.payloads import COMMANDS, MerchantConfig
 from workers import documents, inbox, positions
 from workers.decide import Answer, Desk, answer_from_store
 from workers.documents import Issued, numbers_by_command
-from workers.faults import point
+from workers.faults import planted, point
 from workers.inbox import DeadLetter, Parked, Row
 from workers.positions import Claim, LostOwnershipError, Position
 from workers.publisher import OutMessage
@@ -176,10 +176,10 @@ async def plan(
         if tp in first:
             row.take_over(claim)
             gap = (tp, row.published_next, starts[tp])
-            if starts[tp] > row.published_next and gap not in known_gaps:
+            if starts[tp] > row.published_next and gap not in known_gaps and not planted("commit_early"):
                 known_gaps.add(gap)
                 result.seek[tp] = row.published_next
-        elif row.owner != claim.worker_id:
+        elif row.owner != claim.worker_id and not planted("no_owner_fence"):
             raise LostOwnershipError(f"{tp.topic} {tp.partition} belongs to {row.owner}")
     for message in messages:
         tp = TP(message.topic, message.partition)
@@ -223,6 +223,9 @@ class Batch:
             await inbox.save_dead_letters(self.connection, applied.letters)
         for tp, offset in next_offsets(todo.fresh).items():
             todo.rows[tp].applied_next = offset
+        if planted("wrong_position"):
+            for row in todo.rows.values():
+                row.published_next = row.applied_next
         await positions.save(self.connection, todo.rows)
         return applied
 

@@ -4,12 +4,26 @@ import asyncio
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
+from console.kafka import class_path, find_java
 from tests.e2e.blackbox import Bus, name
 from tests.e2e.conftest import Running
+from tests.services import JARS
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+def has_java_compiler() -> bool:
+    """Return whether a Java file can be run as it is."""
+    modules = subprocess.run([find_java(), "--list-modules"], capture_output=True, text=True, check=False)
+    return "jdk.compiler" in modules.stdout
 
 
 async def credits(running: Running, *arguments: str, fails: bool = False) -> str:
@@ -103,3 +117,39 @@ async def test_a_database_lost_under_traffic_is_restored_and_every_command_is_ap
             assert message.value == before[message.body["command_id"]].value
     assert bus.topics[f"credits.{merchant.id}.receipts"] == receipts
     await credits(running, "verify", merchant.id)
+
+
+async def test_the_documented_python_example_settles_a_purchase(
+    running: Running, bus: Bus, user: Callable[[], str]
+) -> None:
+    merchant = await bus.register()
+    await merchant.stock()
+    servers = running.services.kafka_bootstrap_servers
+    arguments = (str(EXAMPLES / "purchase.py"), servers, merchant.id, user(), "pack", "10.00", "USD")
+
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+
+    assert process.returncode == 0
+    assert json.loads(out)["outcome"] == "applied"
+
+
+@pytest.mark.skipif(not has_java_compiler(), reason="the Java example needs a JDK")
+async def test_the_documented_java_example_settles_a_purchase(
+    running: Running, bus: Bus, user: Callable[[], str]
+) -> None:
+    merchant = await bus.register()
+    await merchant.stock()
+    servers = running.services.kafka_bootstrap_servers
+    jars = class_path(JARS, Console(stderr=True))
+    arguments = ("-cp", jars, str(EXAMPLES / "Purchase.java"), servers, merchant.id, user(), "pack", "10.00", "USD")
+
+    process = await asyncio.create_subprocess_exec(str(find_java()), *arguments, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+
+    assert process.returncode == 0
+    command = out.decode().split()[-1]
+    topic = f"credits.{merchant.id}.results"
+    await bus.until("the result", lambda: [r for r in bus.topics[topic] if r.body["command_id"] == command])
+    (result,) = [r for r in bus.topics[topic] if r.body["command_id"] == command]
+    assert result.body["outcome"] == "applied"

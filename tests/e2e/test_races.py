@@ -9,7 +9,7 @@ import pytest_asyncio
 from tests.e2e.blackbox import CONFIG, Bus, Json, Merchant, Sent, name
 
 MakeUser = Callable[[], str]
-# (type, members, partition)
+# What to send, and the number of the partition that gets it.
 Placed = tuple[str, Json, int]
 
 

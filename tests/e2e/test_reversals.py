@@ -299,3 +299,33 @@ async def test_tax_is_inclusive_and_rounded_half_up(
     assert Decimal(body.get("net", body["gross"])) == Decimal(net)
     assert body["regime"] == regime
     assert bool(body.get("lines")) == (regime == "vat")
+
+
+@pytest.mark.parametrize(
+    ("breakdown", "tax", "is_flagged"),
+    [
+        ({"type": "S", "rate": "20", "amount": "1.67"}, "1.67", False),
+        ({"type": "S", "rate": "10", "amount": "0.91"}, "0.91", True),
+        ({"type": "S", "rate": "20", "amount": "2.00"}, "2.00", True),
+        ({"type": "E", "rate": "0", "amount": "0"}, "0.00", True),
+        ({"type": "AE", "note": "reverse charge"}, "0.00", True),
+        ({"type": "S", "amount": "1.67"}, "1.67", False),
+        ({"type": "S", "amount": "11.00"}, None, True),
+    ],
+)
+async def test_upstreams_tax_is_used_where_it_can_be_true(
+    shop: Merchant, user: MakeUser, breakdown: Json, tax: str | None, is_flagged: bool
+) -> None:
+    members = shop.purchase(user())
+    members["pricing_snapshot"]["tax"] = breakdown
+    result = await shop.do("Purchase.Settled", members)
+    if tax is None and result["outcome"] == "rejected":
+        assert result["error"]["code"] == "malformed"
+        return
+    body = (await shop.document(result["effects"]["receipt_number"])).body["tax"]
+    assert tax in (None, body["tax"])
+    assert Decimal(body["net"]) + Decimal(body["tax"]) == Decimal(body["gross"]) == 10
+    assert Decimal(body["net"]) >= 0
+    assert ("discrepancy" in body) == is_flagged
+    for line in body["lines"]:
+        assert (Decimal(line["rate"]) > 0) == (Decimal(line["tax"]) > 0), line

@@ -181,6 +181,8 @@ CREATE TABLE operations (
     note text
 ) WITH (fillfactor = 75);
 CREATE INDEX operations_expires_at ON operations (expires_at);
+CREATE INDEX operations_opened_at ON operations (opened_at, operation_id);
+CREATE INDEX operations_account ON operations (account_id, opened_at, operation_id);
 
 CREATE TABLE purchases (
     external_ref text PRIMARY KEY,
@@ -199,6 +201,9 @@ CREATE TABLE purchases (
     receipt_number text NOT NULL
 );
 
+CREATE INDEX purchases_account ON purchases (account_id);
+CREATE INDEX purchases_applied_at ON purchases (applied_at, external_ref);
+
 CREATE TABLE purchase_refusals (
     command bytea PRIMARY KEY,
     external_ref text,
@@ -206,6 +211,8 @@ CREATE TABLE purchase_refusals (
     message text NOT NULL,
     refused_at timestamptz NOT NULL
 );
+
+CREATE INDEX purchase_refusals_purchase ON purchase_refusals (external_ref);
 
 CREATE TABLE reversals (
     kind text NOT NULL CHECK (kind IN ('refund', 'chargeback')),
