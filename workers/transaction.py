@@ -421,10 +421,13 @@ class Batch:
     async def _release_for_documents(self, desk: Desk, issued: Sequence[Issued]) -> None:
         numbers = numbers_by_command(issued)
         dependencies = [("receipt", number) for number in numbers.values()]
-        waiting = await inbox.parked_for(self.connection, dependencies, lock=True)
+        known = desk.parked.keys() | set(desk.gone_parked)
+        found = await inbox.parked_for(self.connection, dependencies, lock=True)
+        waiting = [parked for parked in found if parked.identity not in known]
         rows = await inbox.load(self.connection, [parked.identity for parked in waiting], ()) if waiting else []
         desk.inbox |= {row.identity: row for row in rows}
-        desk.parked |= {parked.identity: parked for parked in waiting}
+        # Those of former batches arrived before those of this one.
+        desk.parked = {parked.identity: parked for parked in waiting} | desk.parked
         desk.release_for_documents(numbers)
 
     async def _save_delivery(self, desk: Desk) -> None:
