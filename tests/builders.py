@@ -170,12 +170,14 @@ async def clerk(merchant: Merchant) -> AsyncIterator[Clerk]:
     """Open a merchant's database for writing."""
     url = engine_url(merchant.database_url, password=merchant.password)
     engine = create_engine(url, WRITER_SETTINGS, pool_size=1)
-    async with engine.connect() as connection:
-        state = await merchants.store.read_state(connection)
-        current = await merchants.store.read_config(connection, state.config_version)
-    context = Context(merchant.merchant_id, merchant.secret, merchant.simulated, state.config_version, current)
-    yield Clerk(merchant, engine, context)
-    await engine.dispose()
+    try:
+        async with engine.connect() as connection:
+            state = await merchants.store.read_state(connection)
+            current = await merchants.store.read_config(connection, state.config_version)
+        context = Context(merchant.merchant_id, merchant.secret, merchant.simulated, state.config_version, current)
+        yield Clerk(merchant, engine, context)
+    finally:
+        await engine.dispose()
 
 
 def purchase(user_id: str, external_ref: str, product_code: str = "pack", **changes: Any) -> dict[str, Any]:

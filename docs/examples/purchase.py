@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import uuid
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
@@ -12,7 +12,7 @@ SOURCE = "/my-shop"
 
 
 async def main(servers: str, merchant: str, user: str, product: str, amount: str, currency: str) -> None:
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     # The provider's transaction id: one purchase, however often it is sent.
     payment = f"pay-{uuid.uuid4()}"
     payload = {
