@@ -1,4 +1,7 @@
-"""Sends one settled purchase and prints its result: python purchase.py <servers> <merchant> <user> <product> <amount> <currency>."""
+"""Sends one settled purchase and prints its result.
+
+Arguments: servers, merchant, user, product, amount, currency.
+"""
 
 import asyncio
 import json
