@@ -8,6 +8,7 @@ timeouts, no hash chain, no debts), so it does less work for each command.
 import asyncio
 import contextlib
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ INSERT INTO operations (operation_id, account_id, operation_code, resource_unit,
 VALUES ($1, $2, $3, 'TOKEN', 0.01, 1, $4, 'open', $5, $6)
 """
 _SLOT = "UPDATE accounts SET open_operation = $2 WHERE account_id = $1"
-_FIND = "SELECT credits_per_unit, state, workflow_id FROM operations WHERE operation_id = $1"
+_FIND = "SELECT credits_per_unit, minimum_charge, state, workflow_id FROM operations WHERE operation_id = $1"
 _LOTS = """
 SELECT user_seq, remaining FROM lots WHERE account_id = $1 AND NOT spent ORDER BY user_seq LIMIT 16
 """
@@ -184,7 +185,7 @@ async def _close(connection: asyncpg.Connection, record: Record, given: Given) -
     assert operation is not None
     assert operation["state"] == "open"
     amount = Decimal(members["resource_amount"])
-    credits = -int(-amount * operation["credits_per_unit"] // 1)
+    credits = max(operation["minimum_charge"], math.ceil(amount * operation["credits_per_unit"]))
     seq, balance = account["last_seq"] + 1, account["balance"] - credits
     given.result["effects"] = {"operation_id": members["operation_id"], "credits": credits}
     given.result.update({"user_seq": seq, "balance": balance})

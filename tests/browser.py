@@ -4,8 +4,9 @@ import asyncio
 import base64
 import itertools
 import json
-import re
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -66,7 +67,8 @@ class Page:
         return found["result"].get("value")
 
     async def until(self, script: str) -> Any:
-        """Wait until an expression is true, and return its value."""
+        """Wait until an expression is true, and return its value; of an element only that it is there."""
+        script = f"(found => found instanceof Node ? true : found)({script})"
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             while not (value := await self.run(script)):
                 await asyncio.sleep(0.1)
@@ -102,26 +104,33 @@ async def browse(program: str) -> AsyncIterator[Page]:
             "--remote-debugging-port=0",
             f"--user-data-dir={profile}",
             "--window-size=1320,1000",
-            stderr=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
         )
-        assert process.stderr is not None
         try:
-            async with asyncio.timeout(WAIT_SECONDS_MAX):
-                while not (found := re.search(rb"ws://([\d.:]+)/", line := await process.stderr.readline())):
-                    assert line, "the browser ended"
-            address = found[1].decode()
+            address = f"127.0.0.1:{await _port(Path(profile) / 'DevToolsActivePort')}"
             async with aiohttp.ClientSession() as session:
                 async with session.put(f"http://{address}/json/new?about:blank") as answer:
                     target = (await answer.json())["webSocketDebuggerUrl"]
                 async with session.ws_connect(target, max_msg_size=0) as socket:
                     page = Page(socket)
-                    for domain in ("Page", "Runtime", "Log", "Network"):
-                        await page.call(f"{domain}.enable")
-                    yield page
-                    await page.close()
+                    try:
+                        for domain in ("Page", "Runtime", "Log", "Network"):
+                            await page.call(f"{domain}.enable")
+                        # A page in the background counts as hidden.
+                        await page.call("Page.bringToFront")
+                        yield page
+                    finally:
+                        await page.close()
         finally:
-            process.terminate()
-            while await process.stderr.read(65536):
-                continue
+            os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
+
+
+async def _port(file: Path) -> int:
+    """Wait until the browser has written down where it listens."""
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        while not (lines := file.read_text().split() if file.exists() else []):  # noqa: ASYNC240
+            await asyncio.sleep(0.05)
+    return int(lines[0])

@@ -380,7 +380,9 @@ class Points:
         name = f"{next(self._numbers)}"
         before, steps = KINDS[case.kind]
         if before:
-            await self.deliver(await self.send([self._message(type_, make(name)) for type_, make in before]))
+            earlier = [self._message(type_, make(name)) for type_, make in before]
+            # Twice, so that a command that waits has two deliveries to be answered.
+            await self.deliver(await self.send([*earlier, *earlier]))
         messages = [self._message(type_, make(name)) for type_, make in steps]
         grant = {"grant_id": f"by-{name}", "user_id": f"by-{name}", "credits": 1, "access_period_days": 3} | JUSTIFIED
         records = await self.send([*messages, self._message("Grant.Apply", grant), *messages])
@@ -392,7 +394,7 @@ class Points:
         await self.finish(child, str(case), codes=EXIT_CODES[case.action])
         if case.point == "after_publish":
             # The batch, and what it released.
-            self.repeats_max += len(records) + len(before)
+            self.repeats_max += len(records) + 2 * len(before)
         await self.deliver(records)
 
     async def run_zombie(self, point: str) -> None:

@@ -92,7 +92,6 @@ async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(
         await page.type("#token", "root of the tests")
         await page.click("#enter button")
         await page.until("document.querySelectorAll('#merchants tbody tr').length === 1")
-        await page.until("document.querySelector('#rate path')")
 
         await page.click("#merchants button")
         await page.until("document.querySelector('#attention td')")
@@ -106,6 +105,7 @@ async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(
         await page.until("document.querySelectorAll('#account tbody tr').length === 2")
         assert "100" in await page.text("#account .figures")
         assert "op-1" in await page.text("#account")
+        await page.until("document.querySelector('#rate path')")
         await page.screenshot(tmp_path / "board.png")
         await page.click("#account table:last-of-type button")
         await page.until("document.querySelector('#explain').open")

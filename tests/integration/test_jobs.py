@@ -1,0 +1,197 @@
+"""The scheduler on a real PostgreSQL: what it finds, sends, and how little it matters when or how often it runs."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest_asyncio
+
+import merchants.store
+from catalog.sql import fetch
+from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
+from merchants.registry import Merchant
+from merchants.schema import migrate
+from tests.builders import Clerk, Record, clerk, command, merchant
+from tests.services import Services
+from workers.audit import verify
+from workers.publisher import OutMessage
+from workers.scheduler import Scheduler
+
+DAY = 86_400
+
+
+class Outbox:
+    """Takes what would be published, in place of Kafka, which these tests do not need."""
+
+    def __init__(self) -> None:
+        self.messages: list[OutMessage] = []
+
+    async def publish(self, messages: Sequence[OutMessage], lease: Any = None) -> None:
+        self.messages += messages
+
+    def records(self, clerk: Clerk) -> list[Record]:
+        """The sent jobs as the records a worker would consume."""
+        taken, self.messages = self.messages, []
+        records = []
+        for message in taken:
+            headers = dict(message.headers)
+            payload = json.loads(message.value or b"")
+            kind, name = headers["ce_type"].decode(), headers["ce_id"].decode()
+            records.append(
+                command(kind, payload, headers["ce_source"].decode(), name, merchant_id=clerk.merchant.merchant_id)
+            )
+        return records
+
+
+@pytest_asyncio.fixture(scope="module")
+async def control_url(services: Services) -> str:
+    url = services.database_url("jobs_control")
+    await migrate(url)
+    return url
+
+
+@asynccontextmanager
+async def scheduler(control_url: str) -> AsyncIterator[tuple[Scheduler, Outbox]]:
+    """A scheduler of a process of its own, and what it sends."""
+    outbox = Outbox()
+    engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
+    pools = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=4)
+    try:
+        yield Scheduler(engine, pools, outbox), outbox  # type: ignore[arg-type]
+    finally:
+        await pools.close()
+        await engine.dispose()
+
+
+async def wait(clerk: Clerk, seconds: int, identity: bytes) -> None:
+    async with clerk.engine.begin() as connection:
+        await merchants.store.advance_clock(connection, seconds, identity)
+
+
+async def entries(made: Clerk) -> list[tuple[str, int]]:
+    async with made.engine.connect() as connection:
+        rows = await fetch(connection, "SELECT reason, amount FROM entries ORDER BY account_id, user_seq")
+    return [(row[0], row[1]) for row in rows]
+
+
+async def grant(made: Clerk, grant_id: str, credits: int, days: int) -> dict[str, Any]:
+    payload = {"grant_id": grant_id, "user_id": "ann", "justification": "test", "actor": "tests"}
+    return await made.send("Grant.Apply", payload | {"credits": credits, "access_period_days": days})
+
+
+async def test_two_schedulers_at_once_write_one_expiry(control_url: str) -> None:
+    made = await merchant(control_url, "twice", simulated=True)
+    async with (
+        clerk(made) as user,
+        scheduler(control_url) as (one, sent_one),
+        scheduler(control_url) as (two, sent_two),
+    ):
+        await grant(user, "g1", 10, 1)
+        await wait(user, 2 * DAY, b"a" * 16)
+
+        # Past the advisory lock, as if each had run while the other was thought dead.
+        await one.send_due(made)
+        await two.send_due(made)
+        first, second = sent_one.records(user), sent_two.records(user)
+        results = await user.apply(*first, *second)
+
+        assert len(first) == len(second) == 1
+        assert [result["outcome"] for result in results] == ["applied", "applied"]
+        assert results[0] == results[1]
+        assert await entries(user) == [("promo", 10), ("expiry", -10)]
+        assert (await verify(user.engine)).ok
+
+
+async def test_only_one_of_two_schedulers_makes_a_pass_at_a_time(control_url: str) -> None:
+    made = await merchant(control_url, "lock", simulated=True)
+    async with (
+        clerk(made) as user,
+        scheduler(control_url) as (one, sent_one),
+        scheduler(control_url) as (two, sent_two),
+    ):
+        await grant(user, "g1", 10, 1)
+        await wait(user, 2 * DAY, b"b" * 16)
+
+        async with one.control.connect() as holder:
+            await fetch(holder, "SELECT pg_advisory_xact_lock(7203155002)")
+            assert await two.run_once() == 0
+        await two.run_once()
+
+        assert sent_one.messages == []
+        assert [dict(m.headers)["ce_type"] for m in sent_two.messages if ".lock." in m.topic] == [b"Lot.Expire"]
+
+
+async def test_a_scheduler_that_never_ran_changes_nothing_in_the_end(control_url: str) -> None:
+    made = await merchant(control_url, "never", simulated=True)
+    async with clerk(made) as user:
+        await grant(user, "g1", 10, 1)
+        await wait(user, 2 * DAY, b"c" * 16)
+
+        result = await grant(user, "g2", 5, 30)
+
+        assert [lot["credits"] for lot in result["time_effects"]["expired"]] == [10]
+        assert await entries(user) == [("promo", 10), ("expiry", -10), ("promo", 5)]
+
+
+async def test_what_was_sent_is_not_sent_again_in_the_same_hour_and_nothing_due_is_missed(control_url: str) -> None:
+    made = await merchant(control_url, "again", simulated=True)
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        for number in range(3):
+            await grant(user, f"g{number}", 10, 1 + number)
+        await wait(user, DAY + 60, b"d" * 16)
+        assert await one.send_due(made) == 1
+        assert await one.send_due(made) == 0
+
+        await wait(user, 3 * DAY, b"e" * 16)
+        # The first job was lost on its way: it is sent again with the others in a later hour.
+        assert await one.send_due(made) == 3
+        await user.apply(*sent.records(user))
+
+        assert await entries(user) == [("promo", 10)] * 3 + [("expiry", -10)] * 3
+        assert await one.send_due(made) == 0
+
+
+async def test_an_overdue_operation_is_timed_out_by_the_job(control_url: str) -> None:
+    made = await merchant(control_url, "overdue", simulated=True)
+    rate = {"operation_code": "chat", "display_name": "Chat", "resource_unit": "TOKEN", "credits_per_unit": "1"}
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        await user.send("OperationType.CreateWithArchival", rate | {"actor": "tests"})
+        opened = await user.send("Operation.Open", {"user_id": "ann", "operation_id": "op-1", "operation_code": "chat"})
+        assert opened["outcome"] == "applied"
+        await wait(user, 16 * 60, b"f" * 16)
+
+        await one.send_due(made)
+        results = await user.apply(*sent.records(user))
+
+        assert [r["effects"] for r in results] == [{"operation_id": "op-1"}]
+        async with user.engine.connect() as connection:
+            rows = await fetch(connection, "SELECT state FROM operations")
+        assert [row[0] for row in rows] == ["timed_out"]
+
+
+async def test_a_parked_command_is_given_up_by_the_job_when_its_time_is_over(control_url: str) -> None:
+    made: Merchant = await merchant(control_url, "giveup", simulated=True)
+    close = {"user_id": "ann", "operation_id": "op-9", "resource_amount": "1", "resource_unit": "TOKEN"}
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        assert await user.send("Operation.RecordAndClose", close | {"completed_at": "2026-01-01T00:00:00Z"}) == {}
+        assert await one.send_due(made) == 0
+        await wait(user, 16 * 60, b"g" * 16)
+
+        await one.send_due(made)
+        results = await user.apply(*sent.records(user))
+
+        codes = {r["command_type"]: r.get("error", {}).get("code") for r in results}
+        assert codes == {"Operation.RecordAndClose": "dependency_timeout", "Command.Resolve": None}
+
+
+async def test_partitions_are_made_ahead_of_time(control_url: str) -> None:
+    made = await merchant(control_url, "months", simulated=True)
+    async with clerk(made) as user, scheduler(control_url) as (one, _):
+        await wait(user, 400 * DAY, b"h" * 16)
+        await one.send_due(made)
+        await grant(user, "g1", 10, 30)
+
+        async with user.engine.connect() as connection:
+            rows = await fetch(connection, "SELECT count(*) FROM entries_default")
+        assert rows[0][0] == 0
