@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
@@ -140,3 +142,16 @@ async def check(control_url: str) -> None:
     expected, found = runner.head("control"), rows[0][0] if rows else None
     if found != expected:
         raise UnknownSchemaError(f"the control database is at {found}, this version needs {expected}: run migrate")
+
+
+async def check_merchant(connection: AsyncConnection) -> None:
+    """Raise UnknownSchemaError unless a merchant's database is at the revision this version was made for."""
+    rows = await fetch(connection, "SELECT version_num FROM alembic_version")
+    expected, found = merchant_head(), rows[0][0] if rows else None
+    if found != expected:
+        raise UnknownSchemaError(f"the merchant's database is at {found}, this version needs {expected}: run migrate")
+
+
+@cache
+def merchant_head() -> str:
+    return runner.head("merchant")

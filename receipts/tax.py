@@ -7,7 +7,7 @@ of parts sums to the whole. Amounts are exact decimals in the currency's own sca
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Context, Decimal
+from decimal import ROUND_HALF_UP, Context, Decimal
 from typing import Any
 
 from schemas.codec import format_decimal
@@ -83,14 +83,18 @@ def tax_block(
 ) -> dict[str, Any]:
     """Build a receipt's ``tax`` block: regime, lines and totals; upstream's own figures win and are flagged if odd."""
     ours = own_line(config, country, currency, gross, at)
-    line, source = (ours, "merchant") if upstream is None else (upstream_line(upstream, currency, gross), "upstream")
+    line, source = ours, "merchant"
+    # More tax than was paid cannot be: then the merchant's own figure stands, and the document says so.
+    if upstream is not None and (upstream.amount is None or upstream.amount <= gross):
+        line, source = upstream_line(upstream, currency, gross, ours), "upstream"
     block: dict[str, Any] = {"regime": config.tax_regime, "source": source}
     block |= totals([line] if line else [], gross, currency)
     note = (upstream.note if upstream is not None else None) or config.tax_status_note
     if note:
         block["note"] = note
-    if upstream is not None and flags(upstream, line, ours, currency, gross):
-        block["discrepancy"] = flags(upstream, line, ours, currency, gross)
+    odd = {} if upstream is None else flags(upstream, line, ours, currency, gross)
+    if odd:
+        block["discrepancy"] = odd
     return block
 
 
@@ -106,8 +110,11 @@ def own_line(config: MerchantConfig, country: str, currency: str, gross: Decimal
     return TaxLine(category, rate, gross, included_tax(gross, rate, currency))
 
 
-def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal) -> TaxLine | None:
-    """Read the tax upstream charged; a type without tax (turnover, none) has no line."""
+def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal, ours: TaxLine | None) -> TaxLine | None:
+    """Read the tax upstream charged; a type without tax (turnover, none) has no line.
+
+    An amount without a rate is told at the merchant's own rate if that gives it, else at the rate it amounts to.
+    """
     rate, amount = upstream.rate or Decimal(0), upstream.amount
     category = _CATEGORIES.get(upstream.type.upper().replace("-", "_"))
     if category is None:
@@ -116,7 +123,17 @@ def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal) -> TaxLi
         return None
     if amount is None:
         amount = included_tax(gross, rate, currency)
+    if upstream.rate is None and amount:
+        is_ours = ours is not None and ours.tax == amount
+        rate = ours.rate if ours is not None and is_ours else effective_rate(amount, gross)
     return TaxLine(category, rate, gross, quantize(amount, currency), upstream.note)
+
+
+def effective_rate(tax: Decimal, gross: Decimal) -> Decimal:
+    """Tell what rate a tax amounts to, in percent with two places; all of the gross as tax is 100."""
+    if tax >= gross:
+        return Decimal(100)
+    return _WIDE.divide(100 * tax, gross - tax).quantize(Decimal("0.01"), ROUND_HALF_UP, _WIDE)
 
 
 def flags(
@@ -128,6 +145,8 @@ def flags(
         expected = included_tax(gross, upstream.rate, currency)
         if expected != upstream.amount:
             found["arithmetic"] = {"rate_gives": format_amount(expected, currency)}
+    if upstream.amount is not None and upstream.amount > gross:
+        found["arithmetic"] = {"tax_exceeds": format_amount(gross, currency)}
     charged = line.tax if line else Decimal(0)
     expected = ours.tax if ours else Decimal(0)
     if charged != expected:

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+import merchants.schema
 import merchants.store
 from ledger.model import LotsNeeded
 from ledger.store import LOTS_AT_FIRST
@@ -204,11 +205,13 @@ class Pipeline:
             try:
                 engine = await self._engine(merchant)
                 async with engine.connect() as connection:
+                    await merchants.schema.check_merchant(connection)
                     state = await merchants.store.read_state(connection)
                     config = await merchants.store.read_config(connection, state.config_version)
                 break
             except Exception as error:
-                if not is_trouble(error):
+                # A schema that is not ours yet is waited for: other merchants are served meanwhile.
+                if not (is_trouble(error) or isinstance(error, merchants.schema.UnknownSchemaError)):
                     raise
                 if not await backoff.wait(error):
                     return None

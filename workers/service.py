@@ -32,6 +32,7 @@ from schemas.topics import (
 )
 from workers.admin import TopicSpec, ensure_topics
 from workers.app import App, create_app
+from workers.checkpoints import Checkpointer
 from workers.control import Control
 from workers.lanes import Lease, Outcome, Record
 from workers.metrics import Metrics, Sampler
@@ -94,6 +95,14 @@ class Service:
             {"writers": self.writers, "readers": self.readers, "jobs": self.jobs},
         )
         self.sampler = Sampler(self.metrics, self.readers, self.merchants, lambda: self.app.state_of_worker.assigned)
+        self.checkpointer = Checkpointer(
+            self.readers,
+            self.publisher,
+            settings.kafka_bootstrap_servers,
+            settings.security_kwargs(),
+            self.merchants,
+            lambda: self.app.state_of_worker.assigned,
+        )
         self.pipeline.observers.append(self.metrics.observe)
         self.pipeline.observers.append(lambda merchant, _: self.scheduler.stir(merchant))
         self.control.observers.append(self.metrics.answered)
@@ -134,6 +143,7 @@ class Service:
             asyncio.create_task(self.scheduler.run(), name="scheduler"),
             asyncio.create_task(self._close_idle_pools(), name="idle pools"),
             asyncio.create_task(self._sample(), name="sampler"),
+            asyncio.create_task(self.checkpointer.run(), name="checkpoints"),
         ]
 
     async def _stop(self) -> None:

@@ -34,7 +34,7 @@ class WorkerSettings:
     concurrency: int = 4
     fetch_max_bytes: int = 1 << 20
     fetch_max_wait_ms: int = 200
-    merchants_poll: int = 2
+    merchants_poll: int = 1
     # Only these merchants are served, all if there are none.
     merchants: str = ""
     # Connections to merchants' databases: one writing one for each of so many merchants, and some reading ones for

@@ -358,7 +358,7 @@ class Campaign:
         zombies = ZOMBIE_POINTS if wanted is None else ()
         async with Points(self.cluster.bootstrap_servers, self.cluster.database_url()) as points:
             try:
-                verdict = await run_cases(points, cases, zombies, lambda text: self._say(text, 1))
+                verdict = await run_cases(points, cases, zombies, lambda text: self._say(text, 0))
             except NoVerdictError as error:
                 self.report.failures.append(f"no verdict on crash points: {error}")
                 return

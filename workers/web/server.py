@@ -84,6 +84,11 @@ class Server:
             ("/docs", documentation.page),
         ]
         routes += [(ROOT + pattern(endpoint.path), self._handler(endpoint)) for endpoint in ENDPOINTS]
+        from workers.operator import OperatorPage  # imports this package's access rules
+
+        operator = OperatorPage(self.service, self._principal)
+        routes += operator.routes()
+        application.on_cleanup.append(lambda _: operator.close())
         for path, handler in routes:
             resource = router.add_get(path, handler).resource
             assert resource is not None
