@@ -60,6 +60,7 @@ def test_our_subclasses_override_only_what_they_mean_to(ours: type, theirs: type
     }  # fmt: skip
     python = {"__init__", "__module__", "__doc__", "__abstractmethods__", "__parameters__", "__annotations__"}
     python |= {"_abc_impl", "_tasks", "__orig_bases__", "__dict__", "__weakref__", "logger", "log", "abstract"}
+    python |= {"__firstlineno__", "__static_attributes__"}  # of Python 3.13
 
     overridden = {name for name in vars(ours) if hasattr(theirs, name)} - python
 
