@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest_asyncio
@@ -195,3 +196,22 @@ async def test_partitions_are_made_ahead_of_time(control_url: str) -> None:
         async with user.engine.connect() as connection:
             rows = await fetch(connection, "SELECT count(*) FROM entries_default")
         assert rows[0][0] == 0
+
+
+async def test_a_closed_hour_of_queue_lag_loses_no_debit(control_url: str) -> None:
+    made = await merchant(control_url, "lag", simulated=True, late_close="refuse")
+    rate = {"operation_code": "chat", "display_name": "Chat", "resource_unit": "TOKEN", "credits_per_unit": "1"}
+    close = {"user_id": "ann", "operation_id": "op-1", "resource_amount": "7", "resource_unit": "TOKEN"}
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        await user.send("OperationType.CreateWithArchival", rate | {"actor": "tests"})
+        await user.send("Operation.Open", {"user_id": "ann", "operation_id": "op-1", "operation_code": "chat"})
+        await wait(user, 3600, b"i" * 16)
+        await one.send_due(made)
+        await user.apply(*sent.records(user))
+
+        # The broker took it ten minutes after the open; it is read fifty minutes later, after the timeout was written.
+        taken = datetime.now(UTC) - timedelta(minutes=50)
+        result = await user.send("Operation.RecordAndClose", close | {"completed_at": "2026-01-01T00:00:00Z"}, at=taken)
+
+        assert (result["outcome"], result["effects"]["credits"]) == ("applied", 7)
+        assert await entries(user) == [("debit", -7)]
