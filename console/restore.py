@@ -21,7 +21,6 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import merchants.registry
-from catalog.audit import Finding
 from catalog.sql import fetch
 from console.backup import run_program
 from console.processes import StackError
@@ -29,7 +28,6 @@ from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine
 from merchants.registry import WORKER_GROUP, Merchant, names, quoted
 from merchants.schema import on_database
 from migrations import runner
-from receipts.audit import Archives
 from schemas.codec import parse_time
 from schemas.topics import CHANNELS, input_topic, receipts_topic, results_topic
 from workers.audit import Report, verify
@@ -84,19 +82,13 @@ async def restore(settings: WorkerSettings, merchant_id: str, dump: Path, progre
     outcome = await _impose(settings, merchant, url, history, progress)
     progress("the audit", 0, 1)
     report = await verify(url)
-    if broken := "; ".join(f"{finding.name}: {finding.first}" for finding in _broken(report, outcome)):
+    if broken := "; ".join(f"{finding.name}: {finding.first}" for finding in report.broken):
         raise StackError(f"The restored books do not add up, the database {made} is left for a look: {broken}")
     restored = Restored(outcome, report)
     restored.checkpoint = await _compare(settings, merchant_id, url)
     restored.kept = await _swap(control_url, role, database, made)
     restored.offsets_reset = await reset_offsets(settings, outcome.next_offsets)
     return restored
-
-
-def _broken(report: Report, outcome: Outcome) -> list[Finding]:
-    """Return the findings that are none of a lost salt's: a buyer block is checked with the salt of its digest."""
-    lost = len(outcome.salts_lost)
-    return [f for f in report.broken if f.name != Archives().content.name or f.violations != lost]
 
 
 async def _suspended(control_url: str, merchant_id: str) -> tuple[Merchant, list[tuple[datetime, timedelta]]]:

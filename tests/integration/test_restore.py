@@ -127,7 +127,7 @@ async def test_a_lost_database_comes_back_with_the_same_bytes(shop: Shop, tmp_pa
     results = await shop.results()
     assert [results[command]["outcome"] for command in late] == ["applied"] * 3
     report = await verify(on_database(shop.settings.control_database_url, shop.database))
-    assert [finding.violations for finding in report.broken] == [len(restored.outcome.salts_lost)]
+    assert report.ok
     numbers = [receipt["number"] for receipt in await shop.receipts()]
     assert len(numbers) == len(set(numbers))
 
