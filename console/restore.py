@@ -116,7 +116,7 @@ async def _load(control_url: str, merchant: Merchant, dump: Path, database: str)
     """Load the dump into a new database, and bring that to the newest schema."""
     await runner.ensure_role(on_database(control_url, "postgres"), WORKER_GROUP)
     async with _administration(control_url) as connection:
-        await merchants.registry._make_role(connection, names(merchant.merchant_id)[0], merchant.password)
+        await merchants.registry.make_role(connection, names(merchant.merchant_id)[0], merchant.password)
         await connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(database)} WITH (FORCE)")
         await connection.exec_driver_sql(f"CREATE DATABASE {quoted(database)} TEMPLATE template0")
     url = make_url(on_database(control_url, database))

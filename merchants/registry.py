@@ -102,7 +102,7 @@ async def provision(admin_url: str, merchant: Merchant, config: MerchantConfig, 
     engine = create_unpooled_engine(engine_url(admin_url), CONTROL_SETTINGS, isolation_level="AUTOCOMMIT")
     async with engine.connect() as connection:
         await fetch(connection, "SELECT pg_advisory_lock(hashtext($1))", f"register {merchant.merchant_id}")
-        await _make_role(connection, role, merchant.password)
+        await make_role(connection, role, merchant.password)
         if not await fetch(connection, "SELECT 1 FROM pg_database WHERE datname = $1", database):
             # Two databases cannot be copied from one template at the same time.
             await fetch(connection, "SELECT pg_advisory_lock(hashtext('credits template'))")
@@ -115,7 +115,7 @@ async def provision(admin_url: str, merchant: Merchant, config: MerchantConfig, 
     await _configure(url, merchant, config, actor)
 
 
-async def _make_role(connection: AsyncConnection, role: str, password: str) -> None:
+async def make_role(connection: AsyncConnection, role: str, password: str) -> None:
     if not await fetch(connection, "SELECT 1 FROM pg_roles WHERE rolname = $1", role):
         await connection.exec_driver_sql(f"CREATE ROLE {quoted(role)} LOGIN IN ROLE {WORKER_GROUP}")
     # The password is made of URL-safe characters, none of which ends a literal.

@@ -9,16 +9,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
 from receipts.model import credited_status, published
-from receipts.store import Stored, load_archive
+from receipts.store import SELECT_STORED, Stored, load_archive
 from schemas.canonical import format_time
 from schemas.money import format_amount
 
 Shown = dict[str, Any]
-
-_STORED = """
-SELECT d.number, d.kind, d.issued_at, d.body, d.hash, d.command, a.user_id, b.block
-FROM documents d JOIN accounts a USING (account_id) LEFT JOIN buyers b USING (number)
-"""
 
 
 def as_published(stored: Stored) -> Shown:
@@ -29,7 +24,7 @@ async def document(connection: AsyncConnection, number: str) -> tuple[int, Shown
     """Return (account_id, document) of a number, or None if there is no such document."""
     sql = "SELECT account_id FROM documents WHERE number = $1"
     owner = await fetch(connection, sql, number)
-    rows = await fetch(connection, f"{_STORED} WHERE d.number = $1", number)
+    rows = await fetch(connection, f"{SELECT_STORED} WHERE d.number = $1", number)
     return (owner[0][0], as_published(Stored(*rows[0]))) if rows else None
 
 
@@ -45,7 +40,7 @@ async def documents(
 ) -> list[Shown]:
     """Show an account's documents by (issued_at, number): as published, with status and fiscal receipts added."""
     sql = f"""
-    {_STORED} WHERE d.account_id = $1 AND ($2::timestamptz IS NULL OR (d.issued_at, d.number) > ($2, $3::text))
+    {SELECT_STORED} WHERE d.account_id = $1 AND ($2::timestamptz IS NULL OR (d.issued_at, d.number) > ($2, $3::text))
         AND ($4::text IS NULL OR d.kind = $4)
         AND ($5::timestamptz IS NULL OR d.issued_at >= $5) AND ($6::timestamptz IS NULL OR d.issued_at < $6)
     ORDER BY d.issued_at, d.number LIMIT $7
@@ -63,7 +58,7 @@ async def documents(
 
 
 async def latest_documents(connection: AsyncConnection, account_id: int, limit: int) -> list[Shown]:
-    sql = f"{_STORED} WHERE d.account_id = $1 ORDER BY d.issued_at DESC, d.number DESC LIMIT $2"
+    sql = f"{SELECT_STORED} WHERE d.account_id = $1 ORDER BY d.issued_at DESC, d.number DESC LIMIT $2"
     return [as_published(Stored(*row)) for row in await fetch(connection, sql, account_id, limit)]
 
 

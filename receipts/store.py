@@ -78,7 +78,7 @@ class Stored:
     buyer: str | None
 
 
-_STORED = """
+SELECT_STORED = """
 SELECT d.number, d.kind, d.issued_at, d.body, d.hash, d.command, a.user_id, b.block
 FROM documents d JOIN accounts a USING (account_id) LEFT JOIN buyers b USING (number)
 """
@@ -88,5 +88,5 @@ async def documents_of(connection: AsyncConnection, commands: Sequence[bytes]) -
     """Read the documents that these commands had issued, in order of issue."""
     if not commands:
         return []
-    sql = f"{_STORED} WHERE d.command = ANY($1::bytea[]) ORDER BY d.issued_at, d.prefix, d.sequence"
+    sql = f"{SELECT_STORED} WHERE d.command = ANY($1::bytea[]) ORDER BY d.issued_at, d.prefix, d.sequence"
     return [Stored(*row) for row in await fetch(connection, sql, list(commands))]

@@ -30,8 +30,8 @@ from workers import inbox, outgoing, positions
 from workers.decide import Answer, Reception
 from workers.inbox import DeadLetter, Row
 from workers.lanes import Lease, Outcome, Record
-from workers.pipeline import FORCE_SECONDS, REFUSED_WAIT_SECONDS, Backoff, decode_safely, is_race, is_trouble
-from workers.positions import Claim, LostOwnershipError
+from workers.pipeline import Backoff, decode_safely, is_race, is_trouble
+from workers.positions import REFUSED_WAIT_SECONDS, Claim, LostOwnershipError, Standoff
 from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
 from workers.transaction import Message, plan
 
@@ -67,7 +67,7 @@ class Control:
     _published: dict[TP, int] = field(default_factory=dict)
     _known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
     _secret: bytes = b""
-    _refused_since: float | None = None
+    _standoff: Standoff = field(default_factory=Standoff)
 
     async def process(self, records: Sequence[Record], lease: Lease) -> Outcome:
         """Work on the records one by one; see ``workers.lanes.Handler``."""
@@ -81,17 +81,13 @@ class Control:
                     break
             except LostOwnershipError as lost:
                 log.warning("a control command is dropped", reason=str(lost))
-                self._refused_since = self._refused_since or asyncio.get_running_loop().time()
+                self._standoff.begin(lease, asyncio.get_running_loop().time())
                 await asyncio.sleep(REFUSED_WAIT_SECONDS)
                 lease.first.add(tp)
                 outcome.seek[tp] = record.offset
             else:
-                self._refused_since = None
+                self._standoff.end()
         return outcome
-
-    def _by_force(self) -> bool:
-        since = self._refused_since
-        return since is not None and asyncio.get_running_loop().time() - since > FORCE_SECONDS
 
     async def idle(self, lease: Lease) -> None:
         try:
@@ -148,7 +144,7 @@ class Control:
         todo = await plan(
             connection,
             [message],
-            claim=Claim(lease.worker_id, lease.generation, self._by_force()),
+            claim=self._standoff.claim(lease, asyncio.get_running_loop().time()),
             first=lease.first,
             published=self._published,
             known_gaps=self._known_gaps,

@@ -36,7 +36,7 @@ from workers.decide import PoisonError
 from workers.faults import planted, point
 from workers.inbox import Position, keyed
 from workers.lanes import Lease, Outcome, Record
-from workers.positions import Claim, LostOwnershipError
+from workers.positions import REFUSED_WAIT_SECONDS, Claim, LostOwnershipError, Standoff
 from workers.publisher import LeaseEndedError, OutMessage, Publisher, PublishTimeoutError
 from workers.transaction import (
     Applied,
@@ -57,10 +57,6 @@ RETRY_FIRST_SECONDS = 0.05
 RETRY_MAX_SECONDS = 5.0
 # A race on a key is settled when the batch is run again; the same violation so often is a defect.
 RACES_MAX = 8
-# A batch that another owner keeps from us is tried again after the first, and by force after the second of these:
-# longer than a frozen worker stays in the group.
-REFUSED_WAIT_SECONDS = 1.0
-FORCE_SECONDS = 30.0
 
 # Trouble of the database by SQLSTATE class or code: connection, resources, operator, serialization, locks.
 _TROUBLE = ("08", "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
@@ -81,7 +77,7 @@ class Desk:
     noted: dict[TP, int] = field(default_factory=dict)
     known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
     suspects: set[Position] = field(default_factory=set)  # commands that could not be decided once
-    refused_since: float | None = None  # since when another owner keeps this worker from a partition of its own
+    standoff: Standoff = field(default_factory=Standoff)
 
 
 def sqlstate(error: BaseException) -> str:
@@ -128,12 +124,12 @@ class Pipeline:
             parts = await self._apply_all(desk, records, lease, frozenset())
         except LostOwnershipError as lost:
             log.warning("a batch is dropped", merchant=merchant, reason=str(lost))
-            desk.refused_since = desk.refused_since or asyncio.get_running_loop().time()
+            desk.standoff.begin(lease, asyncio.get_running_loop().time())
             return await self._read_again(records, lease)
         except SuspendedError:
             # The lane is held as soon as the registry is read again.
             return await self._read_again(records, lease)
-        desk.refused_since = None
+        desk.standoff.end()
         outcome = Outcome()
         for applied in parts:
             outcome.commit |= applied.next_offsets
@@ -157,11 +153,6 @@ class Pipeline:
             return Outcome()
         lease.first |= starts.keys()
         return Outcome(seek=starts)
-
-    def _claim(self, desk: Desk, lease: Lease) -> Claim:
-        now = asyncio.get_running_loop().time()
-        by_force = desk.refused_since is not None and now - desk.refused_since > FORCE_SECONDS
-        return Claim(lease.worker_id, lease.generation, by_force)
 
     async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
         """Claim partitions that had no record yet, and note what was published, so that no restart repeats it."""
@@ -323,7 +314,7 @@ class Pipeline:
             todo: Plan = await plan(
                 connection,
                 messages,
-                claim=self._claim(desk, lease),
+                claim=desk.standoff.claim(lease, asyncio.get_running_loop().time()),
                 first=lease.first,
                 published=desk.published,
                 known_gaps=desk.known_gaps,

@@ -13,6 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch, insert_rows
 from workers.faults import planted
+from workers.lanes import Lease
+
+# A batch that another owner keeps from us is tried again after the first, and by force after the second of these:
+# longer than a frozen worker stays in the group.
+REFUSED_WAIT_SECONDS = 1.0
+FORCE_SECONDS = 30.0
 
 metadata = MetaData()
 
@@ -70,6 +76,26 @@ class Claim:
     worker_id: str
     generation: int
     by_force: bool = False
+
+
+@dataclass(slots=True)
+class Standoff:
+    """How long another owner has kept a lease from partitions that it was given."""
+
+    lease: Lease | None = None
+    since: float = 0.0
+
+    def begin(self, lease: Lease, now: float) -> None:
+        """Note a refusal. Another lease begins anew: what an earlier one waited gives it no right."""
+        if self.lease is not lease:
+            self.lease, self.since = lease, now
+
+    def end(self) -> None:
+        self.lease = None
+
+    def claim(self, lease: Lease, now: float) -> Claim:
+        by_force = self.lease is lease and now - self.since > FORCE_SECONDS
+        return Claim(lease.worker_id, lease.generation, by_force)
 
 
 async def lock(connection: AsyncConnection, partitions: Iterable[TP], claim: Claim) -> dict[TP, Position]:
