@@ -24,6 +24,8 @@ Record: TypeAlias = ConsumerRecord[bytes | None, bytes | None]
 QUIET_SECONDS = 1.0
 # A lane that works longer than this lets another one begin, so that a few stuck databases don't stop all merchants.
 PATIENCE_SECONDS = 0.5
+# For the quiet moment at the end of a lease: all merchants wait for a rebalance, one's database may be away.
+LAST_IDLE_SECONDS_MAX = 2.0
 
 
 class Lease:
@@ -61,10 +63,13 @@ class Outcome:
     Attributes:
         commit: next offset by partition, to be committed to Kafka; only after the broker acknowledged the results.
         seek: partitions to read again from an offset; what the lane has of them is dropped.
+        published: tells whether the broker acknowledged them; None if that is sure already. The next batch may begin
+            meanwhile.
     """
 
     commit: dict[TP, int] = field(default_factory=dict)
     seek: dict[TP, int] = field(default_factory=dict)
+    published: asyncio.Task[bool] | None = None
 
 
 class Handler(Protocol):
@@ -78,12 +83,12 @@ class Handler(Protocol):
         ...
 
     async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
-        """Use a quiet moment: a second without records (once), or the end of a process that stops in good order.
+        """Use a quiet moment: a second without records (once), or the end of a lease whose work came to rest.
 
         Args:
-            merchant: whose records have all been worked on.
+            merchant: whose records have all been worked on, or are dropped with the lease.
             partitions: the merchant's partitions under this lease, possibly none.
-            lease: still alive.
+            lease: alive, or ended just now: the next owner waits until this returns, or does not wait any longer.
         """
         ...
 
@@ -250,6 +255,7 @@ class Lane:
         self._counters = counters
         self._lease: Lease | None = None
         self._stopping = False
+        self._publishing: asyncio.Task[bool] | None = None
         self._wake = asyncio.Event()
         self._rest = asyncio.Event()
         self._rest.set()
@@ -415,12 +421,17 @@ class Lane:
             self._rest.set()
 
     async def _apply(self, outcome: Outcome, batch: list[Record], lease: Lease) -> None:
+        if outcome.published is not None:
+            self._publishing = outcome.published
         if lease is not self._lease:
             # The revocation did not wait for us any longer: somebody else owns the partitions.
             return
         if lease.first:
             lease.first -= {TP(r.topic, r.partition) for r in batch} - outcome.seek.keys()
-        self._committer.submit(lease, outcome.commit)
+        if outcome.published is None:
+            self._committer.submit(lease, outcome.commit)
+        else:
+            outcome.published.add_done_callback(lambda task: self._commit_published(task, lease, outcome.commit))
         if not outcome.seek:
             return
         positions = {}
@@ -433,6 +444,14 @@ class Lane:
         self._counters.seeks += len(positions)
         await self._feed.seek(lease, positions)
 
+    def _commit_published(self, published: asyncio.Task[bool], lease: Lease, offsets: dict[TP, int]) -> None:
+        if lease is self._lease and not published.cancelled() and published.result():
+            self._committer.submit(lease, offsets)
+            # There is something to be noted in the next quiet moment.
+            self._last_active = asyncio.get_running_loop().time()
+            self._idle_due = True
+            self._wake.set()
+
     def _drop(self, tps: Iterable[TP]) -> None:
         dropped = {(tp.topic, tp.partition) for tp in tps}
         rest = itertools.chain(itertools.islice(self._ready, self._taken, None), self._arrived)
@@ -443,7 +462,7 @@ class Lane:
     async def idle(self) -> None:
         """Call the handler's `idle`, once for each quiet period."""
         lease = self._lease
-        if lease is None or not self._idle_due or not lease.alive() or self.held:
+        if lease is None or not self._idle_due:
             return
         self._idle_due = False
         self._rest.clear()
@@ -457,8 +476,10 @@ class Lane:
         self._stopping = True
 
     async def rest(self) -> None:
-        """Wait until the handler is not at work for this merchant."""
+        """Wait until the handler is not at work for this merchant, and everything is published or given up."""
         await self._rest.wait()
+        if self._publishing is not None:
+            await asyncio.wait({self._publishing})
 
 
 class Lanes:
@@ -533,22 +554,28 @@ class Lanes:
         return lease
 
     async def close(self, limit: float) -> bool:
-        """End the lease: drop what is queued and wait for what is being worked on, at most `limit` seconds.
+        """End the lease: drop what is queued, wait for what is being worked on, use the quiet moment.
+
+        Args:
+            limit: in seconds, for all of it.
 
         Returns:
             Whether all work came to rest in time.
         """
         if self.lease is None:
             return True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + limit
         self.lease.end()
-        rested = await self._rest(limit)
+        # The next owner would begin where this one noted last, and repeat what came after it.
+        rested = await self._rest(limit) and await self._last_idles(min(end - loop.time(), LAST_IDLE_SECONDS_MAX))
         for lane in self.by_merchant.values():
             lane.close()
         self.lease = None
         return rested
 
     async def stop(self, limit: float) -> bool:
-        """Finish what is being worked on, use the quiet moment, commit, end the lease; at most `limit` seconds.
+        """Finish what is being worked on, commit, end the lease; at most `limit` seconds.
 
         Returns:
             Whether all work came to rest in time.
@@ -557,18 +584,20 @@ class Lanes:
         for lane in self.by_merchant.values():
             lane.stop()
         rested = await self._rest(limit)
-        if rested:
-            try:
-                async with asyncio.timeout_at(end):
-                    await asyncio.gather(*[self._last_idle(lane) for lane in self.by_merchant.values()])
-            except TimeoutError:
-                rested = False
         # With the lease alive the handlers tried until now; they get a last second to notice.
         closed = await self.close(max(1.0, end - asyncio.get_running_loop().time()))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         return rested and closed
+
+    async def _last_idles(self, limit: float) -> bool:
+        try:
+            async with asyncio.timeout(limit):
+                await asyncio.gather(*[self._last_idle(lane) for lane in self.by_merchant.values()])
+        except TimeoutError:
+            return False
+        return True
 
     async def _last_idle(self, lane: Lane) -> None:
         async with self._gate.slot():

@@ -10,7 +10,6 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,16 +131,10 @@ class Metrics(Collector):
 
     # What happens
 
-    @contextmanager
-    def batch(self, merchant: str, records: Sequence[Record]) -> Iterator[None]:
-        """Measure one call of a lane's handler; when it returns, results are out and the line of the batch is logged.
-
-        An exception, or a lease that ended, is nothing to be measured: the records come again.
-        """
+    def published(self, merchant: str, records: Sequence[Record], begun: float) -> None:
+        """Measure a batch whose results are out, and log its line. `begun`: when, by `time.monotonic`."""
         name = merchant or CONTROL
-        tally = self._tallies[name] = Tally()
-        begun = time.monotonic()
-        yield
+        tally = self._tallies.pop(name, None) or Tally()
         seconds = time.monotonic() - begun
         now = time.time()
         ages = Counter(record.timestamp for record in records)

@@ -36,6 +36,7 @@ from workers.decide import PoisonError
 from workers.faults import planted, point
 from workers.inbox import Position, keyed
 from workers.lanes import Lease, Outcome, Record
+from workers.logs import die
 from workers.positions import REFUSED_WAIT_SECONDS, Claim, LostOwnershipError, Standoff
 from workers.publisher import LeaseEndedError, OutMessage, Publisher, PublishTimeoutError
 from workers.transaction import (
@@ -48,6 +49,7 @@ from workers.transaction import (
     StaleContextError,
     SuspendedError,
     next_offsets,
+    note_positions,
     plan,
 )
 
@@ -55,6 +57,8 @@ log = structlog.get_logger(__name__)
 
 RETRY_FIRST_SECONDS = 0.05
 RETRY_MAX_SECONDS = 5.0
+# Less than a transaction may idle.
+BEHIND_SECONDS_MAX = 1.0
 # A race on a key is settled when the batch is run again; the same violation so often is a defect.
 RACES_MAX = 8
 
@@ -65,6 +69,10 @@ _RACE = ("23505", "23P01")
 
 class DefectError(Exception):
     """A batch cannot be applied for a reason that running it again will not mend."""
+
+
+class BehindError(Exception):
+    """The batch before is not published yet, so that this one must not be committed."""
 
 
 @dataclass
@@ -78,6 +86,7 @@ class Desk:
     known_gaps: set[tuple[TP, int, int]] = field(default_factory=set)
     suspects: set[Position] = field(default_factory=set)  # commands that could not be decided once
     standoff: Standoff = field(default_factory=Standoff)
+    publishing: asyncio.Task[bool] | None = None  # of the last batch that was committed
 
 
 def sqlstate(error: BaseException) -> str:
@@ -125,18 +134,18 @@ class Pipeline:
         except LostOwnershipError as lost:
             log.warning("a batch is dropped", merchant=merchant, reason=str(lost))
             desk.standoff.begin(lease, asyncio.get_running_loop().time())
-            return await self._read_again(records, lease)
+            return await self._read_again(records, lease, desk)
         except SuspendedError:
             # The lane is held as soon as the registry is read again.
-            return await self._read_again(records, lease)
+            return await self._read_again(records, lease, desk)
         desk.standoff.end()
-        outcome = Outcome()
+        outcome = Outcome(published=desk.publishing)
         for applied in parts:
             outcome.commit |= applied.next_offsets
             outcome.seek |= applied.seek
         return outcome
 
-    async def _read_again(self, records: Sequence[Record], lease: Lease) -> Outcome:
+    async def _read_again(self, records: Sequence[Record], lease: Lease, desk: Desk) -> Outcome:
         """Drop a batch, and have it read again in a second if the partitions are ours still.
 
         A worker that woke from a freeze has another owner's partitions; its lease ends within a heartbeat. One that was
@@ -150,13 +159,13 @@ class Pipeline:
         for record in records:
             starts.setdefault(TP(record.topic, record.partition), record.offset)
         if not lease.alive():
-            return Outcome()
+            return Outcome(published=desk.publishing)
         lease.first |= starts.keys()
-        return Outcome(seek=starts)
+        return Outcome(seek=starts, published=desk.publishing)
 
     async def idle(self, merchant: str, partitions: set[TP], lease: Lease) -> None:
         """Claim partitions that had no record yet, and note what was published, so that no restart repeats it."""
-        unclaimed = partitions & lease.first
+        unclaimed = partitions & lease.first if lease.alive() else set()
         known = self._merchants[merchant]
         desk = self._desks.get(merchant)
         done = desk.published if desk is not None else {}
@@ -242,8 +251,8 @@ class Pipeline:
             return before + await self._apply_all(desk, records[middle:], lease, condemned)
         if applied is None:
             return []
-        published = await self._publish(desk, applied, lease)
-        return [applied] if published else []
+        desk.publishing = asyncio.create_task(self._publish(desk, applied, lease), name="publish")
+        return [applied]
 
     async def _apply(
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
@@ -261,6 +270,9 @@ class Pipeline:
                 return applied
             except StaleContextError:
                 messages = self._decode(desk.context, records)
+            except BehindError:
+                if desk.publishing is not None:
+                    await asyncio.wait({desk.publishing})
             except RacedError as raced:
                 if not await backoff.wait(raced):
                     return None
@@ -323,6 +335,8 @@ class Pipeline:
             batch = Batch(connection, desk.context, lots_wanted, condemned)
             try:
                 applied = await batch.apply(todo)
+                await self._catch_up(desk, lease)
+                await note_positions(connection, todo, desk.published)
             finally:
                 desk.context = batch.context
             # No further than this batch goes: what comes after it may be applied, and not published yet.
@@ -338,8 +352,26 @@ class Pipeline:
         desk.context = applied.context
         return applied
 
+    async def _catch_up(self, desk: Desk, lease: Lease) -> None:
+        """Wait until the batch before is published: a crash shall find no two batches applied and not published.
+
+        It goes out while this one is decided and saved. A transaction must not stay open for long, so that a broker
+        that is away makes a BehindError.
+        """
+        if desk.publishing is not None:
+            await asyncio.wait({desk.publishing}, timeout=BEHIND_SECONDS_MAX)
+            if not desk.publishing.done() or not lease.alive():
+                raise BehindError
+
     async def _publish(self, desk: Desk, applied: Applied, lease: Lease) -> bool:
         """Publish what a committed batch put out; False when the lease ended before all of it was acknowledged."""
+        try:
+            return await self._publish_applied(desk, applied, lease)
+        except Exception as error:
+            # Nobody need be waiting for this task.
+            die("publishing failed", error, merchant=desk.merchant.merchant_id)
+
+    async def _publish_applied(self, desk: Desk, applied: Applied, lease: Lease) -> bool:
         merchant = desk.merchant.merchant_id
         while True:
             try:

@@ -57,6 +57,10 @@ class Position:
     applied_next: int
     published_next: int
 
+    def note_published(self, offset: int) -> None:
+        """Note what this process remembers to have published; never more than is applied here."""
+        self.published_next = max(self.published_next, min(offset, self.applied_next))
+
     def take_over(self, claim: "Claim") -> None:
         """Make the claimant the owner. Raises LostOwnershipError if a later assignment gave the partition away."""
         is_later = self.owner != claim.worker_id and self.generation > claim.generation

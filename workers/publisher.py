@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,7 +108,7 @@ class Publisher:
         """Publish all messages and wait until the broker has them all, trying again as long as the lease is alive.
 
         The order in each partition is that of `messages`. A message may be published twice, never reordered with the
-        ones after it: when one fails, it and all after it are sent again.
+        ones after it: when one fails, it and all after it in its partition are sent again.
 
         Raises:
             PublishTimeoutError: the broker did not acknowledge everything in a minute.
@@ -133,39 +134,30 @@ class Publisher:
     async def _publish_until_done(self, messages: Sequence[OutMessage]) -> None:
         while messages:
             producer = self._producer
+            failure = None
             try:
                 if producer is None:
                     raise KafkaError("not connected")
-                done = await self._send_all(producer, messages)
+                messages = await self._send_all(producer, messages)
             except KafkaError as error:
-                done, failure = 0, error
-            else:
-                failure = None
-            messages = messages[done:]
+                failure = error
             if messages:
                 log.warning("publishing failed, trying again", messages=len(messages), error=repr(failure))
                 await asyncio.sleep(RETRY_SECONDS)
                 # An idempotent producer does not survive every error, and does not say so.
                 await self._renew(producer)
 
-    async def _send_all(self, producer: AIOKafkaProducer, messages: Sequence[OutMessage]) -> int:
-        """Send messages; return how many of the first ones the broker acknowledged."""
+    async def _send_all(self, producer: AIOKafkaProducer, messages: Sequence[OutMessage]) -> list[OutMessage]:
+        """Send messages; return those that the broker did not acknowledge, and the ones behind them."""
         counts = {topic: len(await producer.partitions_for(topic)) for topic in {m.topic for m in messages}}
-        futures: list[asyncio.Future[Any]] = []
-        try:
-            for message in messages:
-                partition = message.partition
-                if partition is None and message.key is not None:
-                    partition = key_hash(message.key) % counts[message.topic]
-                futures.append(
-                    await producer.send(
-                        message.topic, message.value, message.key, partition=partition, headers=message.headers
-                    )
-                )
-        except KafkaError as error:
-            log.warning("a message was not accepted", topic=messages[len(futures)].topic, error=repr(error))
-        results = await asyncio.gather(*futures, return_exceptions=True)
-        return next((i for i, result in enumerate(results) if isinstance(result, BaseException)), len(results))
+        queues: dict[tuple[str, int], list[OutMessage]] = {}
+        for message in messages:
+            partition = message.partition
+            if partition is None:
+                partition = key_hash(message.key or b"") % counts[message.topic]
+            queues.setdefault((message.topic, partition), []).append(message)
+        left = await asyncio.gather(*[_send_queue(producer, *place, queue) for place, queue in queues.items()])
+        return list(itertools.chain.from_iterable(left))
 
     async def _renew(self, failed: AIOKafkaProducer | None) -> None:
         """Replace the producer that failed, unless another caller has done so."""
@@ -192,7 +184,7 @@ class Publisher:
             async with asyncio.timeout(limit):
                 if self._producer is None or not await self._exists(message.topic):
                     return False
-                return await self._send_all(self._producer, [message]) == 1
+                return not await self._send_all(self._producer, [message])
         except (TimeoutError, KafkaError) as error:
             log.warning("a reply was not published", topic=message.topic, error=repr(error))
             return False
@@ -207,6 +199,40 @@ class Publisher:
                 self._topics = frozenset(await self._admin.list_topics())
                 self._topics_at = now
             return topic in self._topics
+
+
+async def _send_queue(
+    producer: AIOKafkaProducer, topic: str, partition: int, messages: list[OutMessage]
+) -> list[OutMessage]:
+    """Send messages of one partition in batches of our own making: one future a batch costs less than one a message.
+
+    Returns:
+        The first one that the broker did not acknowledge, and all behind it.
+    """
+    starts: list[int] = []
+    sent: list[asyncio.Future[Any]] = []
+    start = 0
+    try:
+        while start < len(messages):
+            batch = producer.create_batch()
+            end = start
+            while end < len(messages) and _append(batch, messages[end]):
+                end += 1
+            batch.close()
+            sent.append(await producer.send_batch(batch, topic, partition=partition))
+            starts.append(start)
+            start = end
+    except KafkaError as error:
+        log.warning("messages were not accepted", topic=topic, error=repr(error))
+    results = await asyncio.gather(*sent, return_exceptions=True)
+    failed = (at for at, result in zip(starts, results, strict=True) if isinstance(result, BaseException))
+    return messages[next(failed, start) :]
+
+
+def _append(batch: Any, message: OutMessage) -> bool:
+    """Put a message into a batch; False when it is full. The first one always has its place."""
+    headers = list(message.headers)
+    return batch.append(key=message.key, value=message.value, timestamp=None, headers=headers) is not None
 
 
 async def connect_admin(bootstrap_servers: str, security: Mapping[str, Any]) -> AIOKafkaAdminClient:

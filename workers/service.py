@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
@@ -119,10 +120,16 @@ class Service:
     # Handler
 
     async def process(self, merchant: str, records: list[Record], lease: Lease) -> Outcome:
-        with self.metrics.batch(merchant, records):
-            if merchant == CONTROL_LANE:
-                return await self.control.process(records, lease)
-            return await self.pipeline.process(merchant, records, lease)
+        begun = time.monotonic()
+        if merchant == CONTROL_LANE:
+            outcome = await self.control.process(records, lease)
+        else:
+            outcome = await self.pipeline.process(merchant, records, lease)
+        if outcome.published is None:
+            self.metrics.published(merchant, records, begun)
+        else:
+            outcome.published.add_done_callback(lambda _: self.metrics.published(merchant, records, begun))
+        return outcome
 
     async def idle(self, merchant: str, partitions: set[Any], lease: Lease) -> None:
         if merchant == CONTROL_LANE:

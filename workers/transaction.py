@@ -172,7 +172,7 @@ async def plan(
     rows = await positions.lock(connection, starts, claim)
     result = Plan(rows)
     for tp, row in rows.items():
-        row.published_next = max(row.published_next, min(published.get(tp, 0), row.applied_next))
+        row.note_published(published.get(tp, 0))
         if tp in first:
             row.take_over(claim)
             gap = (tp, row.published_next, starts[tp])
@@ -188,6 +188,15 @@ async def plan(
             continue
         (result.repeat if message.offset < row.applied_next else result.fresh).append(message)
     return result
+
+
+async def note_positions(connection: AsyncConnection, todo: Plan, published: Mapping[TP, int]) -> None:
+    """Write how far the partitions are applied and published: the last statement of a batch."""
+    for tp, row in todo.rows.items():
+        row.note_published(published.get(tp, 0))
+        if planted("wrong_position"):
+            row.published_next = row.applied_next
+    await positions.save(connection, todo.rows)
 
 
 @dataclass
@@ -223,10 +232,6 @@ class Batch:
             await inbox.save_dead_letters(self.connection, applied.letters)
         for tp, offset in next_offsets(todo.fresh).items():
             todo.rows[tp].applied_next = offset
-        if planted("wrong_position"):
-            for row in todo.rows.values():
-                row.published_next = row.applied_next
-        await positions.save(self.connection, todo.rows)
         return applied
 
     # Loading

@@ -210,9 +210,14 @@ async def _work(servers: str, control_url: str, delivery: Delivery) -> None:
     pipeline.know(merchant)
     partitions = {TopicPartition(r.topic, r.partition) for batch in delivery.batches for r in batch}
     lease = Lease(delivery.generation, f"process-{os.getpid()}", partitions, object())
+    publishing: asyncio.Task[bool] | None = None
     for batch in delivery.batches:
         outcome = await pipeline.process(delivery.merchant, list(batch), lease)
         lease.first -= outcome.commit.keys() - outcome.seek.keys()
+        if outcome.published is not None:
+            publishing = outcome.published
+    if publishing is not None:
+        await publishing
     await pipeline.idle(delivery.merchant, partitions, lease)
     await publisher.stop()
     await pools.close()

@@ -89,7 +89,8 @@ class Shop:
         records = sorted((r for part in found.values() for r in part), key=lambda r: r.timestamp)
         for at in range(0, len(records), batch_max):
             batch = records[at : at + batch_max]
-            await self.pipeline.process(self.merchant.merchant_id, batch, lease)
+            outcome = await self.pipeline.process(self.merchant.merchant_id, batch, lease)
+            assert outcome.published is None or await outcome.published
             lease.first -= {TP(r.topic, r.partition) for r in batch}
         await self.pipeline.idle(self.merchant.merchant_id, set(tps), lease)
         return len(records)

@@ -195,6 +195,15 @@ async def test_a_lease_that_ends_lets_the_batch_under_way_finish_and_drops_the_r
         assert it.feed.committed == {A: 1}
 
 
+async def test_what_was_published_is_noted_before_the_next_owner_begins() -> None:
+    async with bench() as it:
+        it.arrive(A, 0, 1)
+        await it.handled(1)
+
+        assert await it.lanes.close(5)
+        assert it.handler.idles == 1
+
+
 async def test_a_batch_that_outlives_its_lease_commits_nothing() -> None:
     async with bench(batch_max=1) as it:
         it.handler.go_on.clear()
@@ -206,6 +215,28 @@ async def test_a_batch_that_outlives_its_lease_commits_nothing() -> None:
         await it.handled(1)
 
         assert it.feed.committed == {}
+
+
+async def test_offsets_are_committed_when_results_are_out_and_the_next_batch_does_not_wait_for_that() -> None:
+    async with bench(batch_max=1) as it:
+        gone = asyncio.Event()
+        publishing = asyncio.create_task(_true_after(gone))
+        it.handler.outcomes = [Outcome({A: 1}, published=publishing), Outcome(published=publishing)]
+        it.arrive(A, 0, 1, 2)
+        await it.handled(2)
+        assert it.feed.committed == {}
+        closing = asyncio.create_task(it.lanes.close(5))
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        gone.set()
+
+        assert await closing
+        assert it.feed.committed == {A: 1}
+
+
+async def _true_after(event: asyncio.Event) -> bool:
+    await event.wait()
+    return True
 
 
 async def test_the_quiet_moment_comes_once_after_each_burst() -> None:
