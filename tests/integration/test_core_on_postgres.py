@@ -1,8 +1,10 @@
 """The whole transaction of a batch on a real PostgreSQL against the reference model: results, tables, audit."""
 
+import json
 import os
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -244,3 +246,18 @@ async def test_what_is_given_up_in_the_batch_of_its_receipt_is_decided_once(
 
         assert sorted(result["command_id"] for result in results).count("early") == 1
         assert (await verify(at_work.engine)).ok
+
+
+async def test_a_message_delivered_again_at_its_place_is_answered_even_if_it_is_read_otherwise_now(
+    control_url: str,
+) -> None:
+    made, record = await shop(control_url, "model-reread")
+    async with clerk(made) as at_work:
+        grant = {"grant_id": "g", "user_id": "u", "credits": 5, "access_period_days": 30}
+        first = record("Grant.Apply", grant | {"justification": "as agreed", "actor": "admin"})
+        answered = await at_work.apply(first)
+
+        # As another release or another configuration may read the same bytes.
+        again = replace(first, value=json.dumps(grant | {"justification": "otherwise", "actor": "admin"}).encode())
+
+        assert await at_work.apply(again) == answered
