@@ -94,7 +94,8 @@ class DecodeContext:
 class Incoming:
     """A message with an identity: a command, or with `error` one that is refused for what it is.
 
-    `identity`: 16 bytes of (source, id). `fingerprint`: 32 bytes of the content, of the bare value if refused.
+    `identity`: 16 bytes of (source, id). `fingerprint`: 32 bytes of the content, of the bare value if it has none that
+    can be read.
     `digests`: see `schemas.fingerprint`, empty if refused. `business_key`: 16 bytes of (type, key), None without one.
     """
 
@@ -179,14 +180,17 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         return _undeliverable(record, Code.MALFORMED, "ce_source, ce_id or ce_type is missing or not readable")
     if is_card_number(source) or is_card_number(message_id) or is_card_number(command_type):
         return _undeliverable(record, Code.SENSITIVE_DATA, "the message's identity may be a payment card number")
-    payload, error = _read_command(command_type, envelope, context)
+    payload, error, content = _read_command(command_type, envelope, context)
     business_key = None
+    if content is None:
+        print_, digests = hashlib.sha256(value or b"").digest(), b""
+    else:
+        print_, digests = fingerprint(command_type, content, context.secret)
     if error is None:
-        print_, digests = fingerprint(command_type, payload, context.secret)
         key = COMMANDS[command_type].business_key(payload)
         business_key = None if key is None else _digest16(command_type, key)
     else:
-        print_, digests = hashlib.sha256(value or b"").digest(), b""
+        digests = b""
     reply_to, traceparent = envelope.reply_to, envelope.traceparent
     return Incoming(
         record.topic,
@@ -455,29 +459,35 @@ def _rank(refusal: Refusal) -> int:
     return REGISTRY[refusal.code].rank
 
 
-def _read_command(command_type: str, envelope: _Envelope, context: DecodeContext) -> tuple[Any, Refusal | None]:
-    """Return the payload or the refusal that comes first in the order of precedence."""
+def _read_command(command_type: str, envelope: _Envelope, context: DecodeContext) -> tuple[Any, Refusal | None, Any]:
+    """Return the payload or the refusal that comes first in the order of precedence, and the content.
+
+    The content is the payload even of a command that is refused for its topic, a pattern or a ceiling: where it came in
+    and what is configured is no part of it, so the same message stays the same when those differ.
+    """
     data = envelope.data
     if data is None:
-        return None, Refusal(Code.MALFORMED, envelope.problem or "the message has no value")
+        return None, Refusal(Code.MALFORMED, envelope.problem or "the message has no value"), None
     spec = COMMANDS.get(command_type)
     try:
         has_card_member = _has_card_member(command_type, data)
     except _MalformedError as error:
-        return None, Refusal(Code.MALFORMED, str(error))
+        return None, Refusal(Code.MALFORMED, str(error)), None
     if spec is None:
-        return None, Refusal(Code.UNKNOWN_COMMAND)
+        return None, Refusal(Code.UNKNOWN_COMMAND), None
     payload, refusals = _validate(spec, data, context)
+    content = None if has_card_member else payload
     if spec.channel != context.channel:
         refusals.append(Refusal(Code.WRONG_TOPIC, details={"channel": spec.channel}))
     merchant_id = data.get("merchant_id", context.merchant_id)
     if merchant_id != context.merchant_id and context.channel != CONTROL_CHANNEL:
         refusals.append(Refusal(Code.WRONG_MERCHANT))
+        content = None
     if has_card_member:
         refusals.append(Refusal(Code.SENSITIVE_DATA, "a member is named like payment card data"))
     if not refusals:
-        return payload, None
-    return None, min(refusals, key=_rank)
+        return payload, None, content
+    return None, min(refusals, key=_rank), content
 
 
 def _has_card_member(command_type: str, data: dict[str, Any]) -> bool:

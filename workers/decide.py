@@ -200,7 +200,8 @@ class Reception:
             incoming.partition,
             incoming.source,
             incoming.id,
-            incoming.payload,
+            # What was refused without its payload is answered without it, even if it would be let through by now.
+            incoming.payload if row.digests else None,
             incoming.reply_to,
             incoming.traceparent,
             whole,

@@ -160,6 +160,30 @@ def test_a_command_is_allowed_on_its_topic_only(topic: str, command_type: str, e
     assert code(result) == expected
 
 
+def test_a_message_stays_the_same_when_another_pattern_of_references_is_configured() -> None:
+    core = shop()
+    message = core.message("Purchase.Settled", purchase(external_ref="4000056655665556"))
+    refused = core.published([message])
+    assert code(json.loads(refused[0])) == "sensitive_data"
+
+    core.applied("Merchant.Configure", **admin(config=config(external_ref_patterns={"card": "[0-9]{16}"})))
+    assert core.published([message]) == refused
+    later = core.message("Purchase.Settled", message["payload"])
+    settled = core.published([later])
+    assert json.loads(settled[0])["outcome"] == "applied"
+
+    core.applied("Merchant.Configure", **admin(config=config()))
+    assert core.published([later]) == settled
+
+
+def test_the_same_message_on_another_topic_is_no_other_content() -> None:
+    core = shop()
+    message = core.message("Operation.Open", opening())
+    refused = core.published([message | {"topic": "credits.ararat.admin"}])
+
+    assert core.published([message]) == refused
+
+
 def test_what_cannot_be_read_is_answered_and_pointed_to() -> None:
     core = shop()
 
