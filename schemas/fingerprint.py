@@ -94,7 +94,8 @@ def _leaf_paths(members: tuple[_Member, ...]) -> Mapping[bytes, str]:
 
 
 _PLANS = {name: _plan(spec.model) for name, spec in COMMANDS.items()}
-_PATHS = {name: _leaf_paths(plan) for name, plan in _PLANS.items()}
+# Of all commands: an identity may come again with a command of another type.
+_PATHS = {digest: path for plan in _PLANS.values() for digest, path in _leaf_paths(plan).items()}
 
 
 def _other(value: Any) -> str:
@@ -162,12 +163,11 @@ def normalised(payload: BaseModel) -> dict[str, Any]:
     return content
 
 
-def differing_fields(command_type: str, stored: bytes, now: bytes) -> list[str]:
-    """Return the sorted paths whose values differ, were added or are gone between two digests of the command type."""
+def differing_fields(stored: bytes, now: bytes) -> list[str]:
+    """Return the sorted paths whose values differ, were added or are gone between two commands' digests."""
     before, after = _entries(stored), _entries(now)
     differing = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    names = _PATHS.get(command_type, {})
-    return sorted({names.get(path, UNKNOWN_PATH) for path in differing})
+    return sorted({_PATHS.get(path, UNKNOWN_PATH) for path in differing})
 
 
 def _entries(digests: bytes) -> dict[bytes, bytes]:

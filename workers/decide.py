@@ -160,7 +160,7 @@ class Reception:
 
     def conflict(self, first: Row, incoming: Incoming) -> Refusal:
         """Name what differs from the first message, and which one that was."""
-        fields = differing_fields(incoming.type, first.digests, incoming.digests)
+        fields = differing_fields(first.digests, incoming.digests)
         if first.type != incoming.type:
             fields = ["ce_type", *fields]
         waiting = self.parked.get(first.identity)
