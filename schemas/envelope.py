@@ -238,7 +238,11 @@ def _read_envelope(headers: Sequence[tuple[str, bytes]], value: bytes | None) ->
         named[name] = None
     media_type = _media_type(named.get("content-type"))
     if media_type == _STRUCTURED:
-        return _read_structured(value)
+        structured = _read_structured(value)
+        # Neither is an attribute of the event's own: a sender may leave both in the record's headers.
+        structured.reply_to = structured.reply_to or _text(named.get("ce_replyto"))
+        structured.traceparent = structured.traceparent or _text(named.get("traceparent"))
+        return structured
     envelope = _Envelope(
         _identifier(_text(named.get("ce_source"))),
         _identifier(_text(named.get("ce_id"))),

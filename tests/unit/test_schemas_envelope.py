@@ -337,6 +337,15 @@ def test_a_structured_event_may_ask_for_replies_and_carry_a_trace_and_base64_jso
     assert incoming.error.details["fields"] == ["operation_code", "operation_id", "user_id"]
 
 
+def test_a_structured_event_s_trace_and_reply_topic_may_be_in_the_record_s_headers() -> None:
+    record = structured(event("Operation.Open", data=OPEN))
+    asked = [("traceparent", TRACE.encode()), ("ce_replyto", b"credits.ararat.replies.a")]
+
+    incoming = read(Record(record.value, [*record.headers, *asked]))
+
+    assert (incoming.reply_to, incoming.traceparent) == ("credits.ararat.replies.a", TRACE)
+
+
 def test_neither_value_nor_key_nor_payload_gets_into_a_log_by_a_repr() -> None:
     record = as_json("Operation.Open", OPEN | {"comment": CARD})
     record.key = CARD.encode()
