@@ -10,11 +10,13 @@ relied on. What is changed, and why:
   have a lease on it; so what was fetched is either accepted by a lane or fetched again by the next owner.
 - Topics are subscribed to only while the group's coordinator is known: aiokafka's coordination task dies otherwise, and
   the process would live on and consume nothing.
+- A record with a header whose name is not UTF-8, which a broker lets through, is read all the same: aiokafka raises in
+  the middle of the fetch, again after every restart, and one such record would end every worker for good.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -22,8 +24,11 @@ from typing import Any, TypeVar, cast
 import faust
 import structlog
 from aiokafka import AIOKafkaConsumer, OffsetAndMetadata
+from aiokafka.consumer import fetcher
 from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.record.default_records import _DefaultRecordBatchPy
+from aiokafka.record.memory_records import MemoryRecords
 from aiokafka.structs import ConsumerRecord
 from faust.agents.manager import AgentManager
 from faust.app import base
@@ -69,6 +74,70 @@ class Report:
     lag: dict[TP, int] = field(default_factory=dict)
     token: object = None
     subscription: frozenset[str] = frozenset()
+
+
+class _Name(bytes):
+    """The name of a header, which always decodes."""
+
+    def decode(self, encoding: str = "utf-8", errors: str = "backslashreplace") -> str:
+        return super().decode(encoding, errors)
+
+
+class _Lenient(bytearray):
+    """A batch's bytes of which every slice can be read as a name."""
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return found if isinstance(found, int) else _Name(found)
+
+
+class RecordBatch:
+    """A batch of a fetch, read by aiokafka's fast reader, and from a name that is not UTF-8 on by its slow one."""
+
+    def __init__(self, batch: Any, raw: memoryview) -> None:
+        self._batch = batch
+        self._raw = raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batch, name)
+
+    def __next__(self) -> Any:
+        return next(self._batch)
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        try:
+            for record in self._batch:
+                yield record
+                done += 1
+        except UnicodeDecodeError:
+            log.warning("a header's name is not UTF-8", offset=self._batch.base_offset + done)
+            batch = iter(_DefaultRecordBatchPy(self._raw))
+            batch._buffer = _Lenient(batch._buffer)
+            yield from list(batch)[done:]
+
+
+class Records:
+    """The batches of one partition's fetch; see ``RecordBatch``."""
+
+    def __init__(self, data: bytes) -> None:
+        self._records: Any = MemoryRecords(data)
+        self._data = memoryview(data)
+        self._at = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._records, name)
+
+    def next_batch(self) -> RecordBatch | None:
+        batch = self._records.next_batch()
+        if batch is None:
+            return None
+        # Base offset and length stand before what the length counts.
+        start, self._at = self._at, self._at + 12 + int.from_bytes(self._data[self._at + 8 : self._at + 12])
+        return RecordBatch(batch, self._data[start : self._at])
+
+
+fetcher.MemoryRecords = Records
 
 
 class ReadOffsets(dict[FaustTP, int | None]):
