@@ -50,6 +50,24 @@ _CARD_TERMS = frozenset(
         "cardexp",
         "cardholder",
         "cardholdername",
+        # Written as one word, where nothing shows the words they are made of.
+        "creditcardnumber",
+        "creditcardnum",
+        "creditcardno",
+        "debitcardnumber",
+        "paymentcardnumber",
+        "bankcardnumber",
+        "pannumber",
+        "cardpan",
+        "cardcvv",
+        "cardcvc",
+        "cvvnumber",
+        "cvcnumber",
+        "cardsecuritycode",
+        "cardverificationcode",
+        "cardverificationvalue",
+        "cardexpirydate",
+        "cardexpirationdate",
     }
 )
 # Too short to be looked for inside longer names.

@@ -17,7 +17,8 @@ CARD_NAMES = [
     "cvc", "cvc2", "customer_cvv", "security_code", "cardSecurityCode", "card_verification_value",
     "track1", "Track2", "track_2", "track2Data", "track_data", "magstripe",
     "magStripeData", "pin", "pin_block", "PINBlock", "primary_account_number", "card_expiry",
-    "cardholder_name",
+    "cardholder_name", "creditcardnumber", "CREDITCARDNUMBER", "paymentcardnumber", "cardcvv", "pannumber",
+    "cardsecuritycode",
 ]  # fmt: skip
 OTHER_NAMES = [
     "company", "japan", "span", "pancake", "card_brand", "last4",
