@@ -23,7 +23,7 @@ from schemas.errors import REGISTRY, Code, Refusal
 from schemas.fingerprint import differing_fields, fingerprint, member_names
 from schemas.payloads import COMMANDS, CommandSpec
 from schemas.sensitive import is_card_member, is_card_number
-from schemas.topics import CONTROL_CHANNEL, is_reply_topic
+from schemas.topics import CONTROL_CHANNEL, is_merchant_id, is_reply_topic
 
 __all__ = [
     "DecodeContext",
@@ -118,6 +118,8 @@ class Incoming:
     # Bytes as they came may hold anything, so they must not get into a log by way of a repr.
     key: bytes | None = field(repr=False)
     value: bytes | None = field(repr=False)
+    # Whose command it is: the topic's merchant, on the control topic the one it names, as far as that can be read.
+    merchant_id: str | None = None
 
     @property
     def value_sha256(self) -> bytes:
@@ -211,7 +213,13 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         traceparent if traceparent and _TRACEPARENT.match(traceparent) else None,
         record.key,
         value,
+        context.merchant_id or _merchant_named(envelope.data),
     )
+
+
+def _merchant_named(data: dict[str, Any] | None) -> str | None:
+    merchant_id = None if data is None else data.get("merchant_id")
+    return merchant_id if type(merchant_id) is str and is_merchant_id(merchant_id) else None
 
 
 def _undeliverable(record: RecordLike, code: Code, message: str) -> Undeliverable:

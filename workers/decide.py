@@ -185,7 +185,7 @@ class Reception:
 
     def _names(self, incoming: Incoming) -> dict[str, Any]:
         names = {"command_id": incoming.id, "command_source": incoming.source, "command_type": incoming.type}
-        merchant_id = self.merchant_id or member(incoming.payload, "merchant_id")
+        merchant_id = self.merchant_id or incoming.merchant_id
         return names if merchant_id is None else names | {"merchant_id": merchant_id}
 
     def add(self, row: Row, incoming: Incoming) -> None:

@@ -359,3 +359,15 @@ def test_the_control_topic_has_no_merchant_of_its_own() -> None:
 
     assert incoming.error is None
     assert incoming.payload.merchant_id == "masis"
+
+
+@pytest.mark.parametrize(("changes", "named"), [({"config": {}}, "masis"), ({"merchant_id": "Not an id"}, None)])
+def test_a_refused_command_of_the_control_topic_tells_whose_it_is_if_that_can_be_read(
+    changes: dict[str, Any], named: str | None
+) -> None:
+    members = sample("Merchant.Register", merchant_id="masis") | changes
+
+    incoming = read(as_json("Merchant.Register", members), "Merchant.Register")
+
+    assert incoming.error is not None
+    assert incoming.merchant_id == named
