@@ -20,7 +20,8 @@ log = structlog.get_logger(__name__)
 
 PUBLISH_SECONDS_MAX = 60
 RETRY_SECONDS = 0.5
-TOPICS_FRESH_SECONDS = 5.0
+# So often at most the broker is asked which topics there are.
+TOPICS_SECONDS = 0.5
 
 
 class PublishTimeoutError(Exception):
@@ -191,13 +192,19 @@ class Publisher:
 
     async def _exists(self, topic: str) -> bool:
         # A question for all topics: one for a topic by name would create it, where the broker allows that.
+        if topic in self._topics:
+            return True
+        clock = asyncio.get_running_loop().time
+        asked_at = clock()
         async with self._looking_up:
-            now = asyncio.get_running_loop().time()
-            if topic not in self._topics and now - self._topics_at > TOPICS_FRESH_SECONDS:
+            # Only a list made after the question tells that a topic, which may be a moment old, is not there.
+            if self._topics_at < asked_at:
+                await asyncio.sleep(self._topics_at + TOPICS_SECONDS - clock())
                 if self._admin is None:
                     self._admin = await connect_admin(self._servers, self._security)
+                began = clock()
                 self._topics = frozenset(await self._admin.list_topics())
-                self._topics_at = now
+                self._topics_at = began
             return topic in self._topics
 
 

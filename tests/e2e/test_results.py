@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -81,6 +82,24 @@ async def test_a_result_goes_to_the_reply_topic_too(shop: Merchant, running: Run
     (result,) = await shop.bus.results(sent)
     reply = (await shop.bus.until("the reply", lambda: shop.bus.topics[topic]))[0]
     assert (reply.value, reply.headers["ce_id"]) == (result.value, result.headers["ce_id"])
+
+
+async def test_a_reply_topic_is_served_from_the_moment_it_exists(
+    shop: Merchant, running: Running, user: MakeUser
+) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=running.services.kafka_bootstrap_servers)
+    await admin.start()
+    # Each is asked for while the worker has just learned which topics there are.
+    for channel in ("replies.new", "replies.newer", "replies.newest"):
+        topic = shop.topic(channel)
+        await admin.create_topics([NewTopic(topic, num_partitions=1, replication_factor=1)])
+        await shop.bus.watch(topic, partitions=1)
+        members = {"grant_id": name(), "user_id": user(), "credits": 5, "access_period_days": 1}
+        sent = await shop.send("Grant.Apply", members, headers={"ce_replyto": topic})
+        (result,) = await shop.bus.results(sent)
+        reply = (await shop.bus.until("the reply", partial(shop.said, channel)))[0]
+        assert reply.value == result.value
+    await admin.close()
 
 
 @pytest.mark.parametrize("topic", ["credits.{}.replies.absent", "credits.other.replies.web", "credits.{}.receipts"])
