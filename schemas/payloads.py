@@ -32,6 +32,7 @@ from schemas.wire_types import (
     Percent,
     ResourceAmount,
     Seconds,
+    SeriesPrefix,
     Text,
     Time,
     Url,
@@ -382,7 +383,6 @@ def _pattern(regex: str) -> str:
     return regex
 
 
-SeriesPrefix = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,30}$")]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=PATTERN_LENGTH_MAX), AfterValidator(_pattern)]
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")
 

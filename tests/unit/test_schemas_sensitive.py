@@ -137,6 +137,16 @@ def test_an_id_that_may_be_a_card_number_is_refused_and_not_repeated(name: str, 
     assert CARD not in str(error)
 
 
+@pytest.mark.parametrize("member", ["receipt_series_prefix", "credit_note_series_prefix"])
+def test_a_series_prefix_that_may_be_a_card_number_is_refused(member: str) -> None:
+    config = sample("Merchant.Configure")["config"] | {member: CARD}
+
+    error = refusal("Merchant.Configure", sample("Merchant.Configure", config=config))
+
+    assert error is not None
+    assert error.code is Code.SENSITIVE_DATA
+
+
 @pytest.mark.parametrize(
     ("patterns", "allowed"),
     [
