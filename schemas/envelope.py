@@ -22,7 +22,7 @@ from schemas.codec import Encoding, decode_avro, parse_time
 from schemas.errors import REGISTRY, Code, Refusal
 from schemas.fingerprint import differing_fields, fingerprint, member_names
 from schemas.payloads import COMMANDS, CommandSpec
-from schemas.sensitive import is_card_member, is_card_number
+from schemas.sensitive import is_card_member, is_card_number, matches_whole
 from schemas.topics import CONTROL_CHANNEL, is_merchant_id, is_reply_topic
 
 __all__ = [
@@ -43,7 +43,9 @@ DEPTH_MAX = 32
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INTEGER_LENGTH_MAX = 40
 _BEYOND_EVERY_BOUND: int = 10**_INTEGER_LENGTH_MAX
-_READABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,128}\Z")
+ID_LENGTH_MAX = 128
+# A longer id than is allowed can be answered with that; one without end is not repeated.
+_READABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1000}\Z")
 _NEVER_IN_TEXT = re.compile("[\x00\ud800-\udfff]")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
@@ -182,6 +184,8 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         return _undeliverable(record, Code.MALFORMED, "ce_source, ce_id or ce_type is missing or not readable")
     if is_card_number(source) or is_card_number(message_id) or is_card_number(command_type):
         return _undeliverable(record, Code.SENSITIVE_DATA, "the message's identity may be a payment card number")
+    if max(len(source), len(message_id), len(command_type)) > ID_LENGTH_MAX:
+        envelope.data, envelope.problem = None, f"ce_source, ce_id or ce_type is longer than {ID_LENGTH_MAX} characters"
     payload, error, content = _read_command(command_type, envelope, context)
     business_key = None
     if content is None:
@@ -548,13 +552,14 @@ def _is_sensitive_ref(spec: CommandSpec, data: dict[str, Any], patterns: Mapping
         allowed = [pattern for method, pattern in patterns.items() if method == data.get("payment_method")]
     else:
         allowed = list(patterns.values())
-    return not any(re.fullmatch(pattern, reference) for pattern in allowed)
+    return not any(matches_whole(pattern, reference) for pattern in allowed)
 
 
 # --- refusals of a payload
 
 _CODES: Mapping[str, Code] = {
     "less_than_equal": Code.LIMIT_EXCEEDED,
+    "greater_than_equal": Code.LIMIT_EXCEEDED,
     Code.LIMIT_EXCEEDED.value: Code.LIMIT_EXCEEDED,
     Code.SENSITIVE_DATA.value: Code.SENSITIVE_DATA,
 }

@@ -108,7 +108,7 @@ _TABLE: dict[Code, tuple[int, bool, str, str]] = {
     Code.LIMIT_EXCEEDED: (
         422,
         _FINAL,
-        "A number is beyond the bound the service accepts.",
+        "A number is outside the bounds the service accepts.",
         "Stay within the bounds of the wire contract.",
     ),
     Code.IDEMPOTENCY_CONFLICT: (

@@ -1,6 +1,10 @@
 """What may be payment card data, and how it is kept out of everything that is written."""
 
 import re
+from functools import lru_cache
+
+from pydantic import ValidationError
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 REDACTED = "[redacted]"
 
@@ -119,6 +123,32 @@ def _card_end(run: str, groups: list[tuple[int, int]]) -> int:
         if is_card_number(digits):
             found = end
     return found
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> SchemaValidator:
+    return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
+
+
+def is_pattern(regex: str) -> bool:
+    """Whether a regular expression can be matched in linear time.
+
+    A merchant writes it: one that backtracks could hold up all merchants for hours over a single reference.
+    """
+    try:
+        _compiled(regex)
+    except SchemaError:
+        return False
+    return True
+
+
+def matches_whole(pattern: str, text: str) -> bool:
+    """Whether the whole text is of the form of a pattern that `is_pattern` lets through."""
+    try:
+        _compiled(f"^(?:{pattern})$").validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 def is_card_member(name: str) -> bool:

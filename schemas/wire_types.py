@@ -1,7 +1,7 @@
 """The types a payload's members are made of: each checks one value and normalises it.
 
-An error's type is the code it is refused with; every type pydantic knows itself counts as `malformed`, except that an
-upper bound (`less_than_equal`) is `limit_exceeded`.
+An error's type is the code it is refused with; every type pydantic knows itself counts as `malformed`, except that the
+bounds of numbers are `limit_exceeded`.
 """
 
 import re
@@ -67,7 +67,7 @@ def _bounded(places: int, limit: Decimal, *, inclusive: bool, zero: bool = False
         fraction = fraction.rstrip("0")
         number = Decimal(f"{whole}.{fraction}" if fraction else whole)
         if number < 0 or (number == 0 and not zero):
-            raise malformed("must not be negative" if zero else "must be greater than zero")
+            raise limit_exceeded("must not be negative" if zero else "must be greater than zero")
         if len(fraction) > places:
             raise malformed(f"more than {places} decimal places")
         if number > limit or (number == limit and not inclusive):
@@ -77,16 +77,6 @@ def _bounded(places: int, limit: Decimal, *, inclusive: bool, zero: bool = False
         return number
 
     return check
-
-
-def _vat_rate(value: Any) -> Decimal:
-    try:
-        return _PERCENT(value)
-    except PydanticCustomError:
-        raise malformed("not a decimal string from 0 to 100 with at most 6 decimal places") from None
-
-
-_PERCENT = _bounded(_RATE_PLACES, Decimal(100), inclusive=True, zero=True)
 
 
 def parse_time(text: str) -> datetime:
@@ -161,7 +151,7 @@ Time = Annotated[datetime, PlainValidator(_time)]
 
 Money = Annotated[Decimal, PlainValidator(_bounded(EXPONENT_MAX, MONEY_LIMIT, inclusive=False))]
 MoneyOrZero = Annotated[Decimal, PlainValidator(_bounded(EXPONENT_MAX, MONEY_LIMIT, inclusive=False, zero=True))]
-Percent = Annotated[Decimal, PlainValidator(_vat_rate)]
+Percent = Annotated[Decimal, PlainValidator(_bounded(_RATE_PLACES, Decimal(100), inclusive=True, zero=True))]
 CreditsPerUnit = Annotated[Decimal, PlainValidator(_bounded(_RATE_PLACES, CREDITS_PER_UNIT_MAX, inclusive=True))]
 # The ceiling proper is configured, and `decode` compares it.
 ResourceAmount = Annotated[Decimal, PlainValidator(_bounded(_RATE_PLACES, _RESOURCE_AMOUNT_LIMIT, inclusive=True))]

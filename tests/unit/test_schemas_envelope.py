@@ -153,7 +153,7 @@ def test_ce_time_and_unknown_headers_are_not_needed() -> None:
 
 
 @pytest.mark.parametrize("name", ["ce_id", "ce_source", "ce_type"])
-@pytest.mark.parametrize("value", [None, b"", b"x" * 129, b"\xff", b"a\nb", b"a\0b"])
+@pytest.mark.parametrize("value", [None, b"", b"x" * 1001, b"\xff", b"a\nb", b"a\0b"])
 def test_a_message_without_readable_identity_is_undeliverable(name: str, value: bytes | None) -> None:
     headers = [item for item in envelope("Operation.Open") if item[0] != name]
     headers += [] if value is None else [(name, value)]
@@ -164,6 +164,16 @@ def test_a_message_without_readable_identity_is_undeliverable(name: str, value: 
     assert letter.code is Code.MALFORMED
     assert (letter.topic, letter.partition, letter.offset) == ("credits.ararat.operations", 2, 41)
     assert letter.sha256 == hashlib.sha256(TEXT.encode()).digest()
+
+
+@pytest.mark.parametrize("name", ["ce_id", "ce_source", "ce_type"])
+def test_an_identity_that_is_too_long_is_answered_with_that(name: str) -> None:
+    headers = [(key, b"x" * 129 if key == name else value) for key, value in envelope("Operation.Open")]
+
+    command = read(Record(TEXT.encode(), headers))
+
+    assert command.error is not None
+    assert command.error.code is Code.MALFORMED
 
 
 @pytest.mark.parametrize("name", ["ce_id", "ce_source", "ce_type"])

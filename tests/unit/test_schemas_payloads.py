@@ -35,10 +35,6 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("Grant.Apply", {"credits": 5.0}),
     ("Grant.Apply", {"credits": "5"}),
     ("Grant.Apply", {"credits": True}),
-    ("Grant.Apply", {"credits": 0}),
-    ("Grant.Apply", {"credits": -1}),
-    ("Grant.Apply", {"credits": -HUGE}),
-    ("Grant.Apply", {"access_period_days": 0}),
     ("Grant.Apply", {"credits": ..., "access_period_days": ...}),
     ("Grant.Apply", {"credits": ...}),
     ("Grant.Apply", {"access_period_days": ...}),
@@ -53,7 +49,7 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     *(
         ("Operation.RecordAndClose", {"resource_amount": value})
         for value in (
-            "0", "0.0", "-1", "1e3", "NaN", "Infinity", "+1", " 1", "1 ", "1.", ".5", "", "1_000", "1,5", "٣",
+            "1e3", "NaN", "Infinity", "+1", " 1", "1 ", "1.", ".5", "", "1_000", "1,5", "٣",
             "1.0000001", "1" + "0" * 41 + "x", 5, 1.5, True, ["1"],
         )
     ),
@@ -70,11 +66,10 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     *(
         ("Purchase.Settled", {"pricing_snapshot": SNAPSHOT | change})
         for change in changes(
-            {"amount": "12000.001"}, {"amount": "0"}, {"amount": "-5"}, {"amount": 12000}, {"amount": "1E4"},
+            {"amount": "12000.001"}, {"amount": 12000}, {"amount": "1E4"},
             {"currency": "JPY", "amount": "100.5"}, {"currency": "XXX"}, {"currency": "XAU"}, {"currency": "XTS"},
             {"currency": "amd"}, {"currency": "ZZZ"}, {"currency": "AM"}, {"country": "am"}, {"country": "ZZ"},
             {"country": "*"}, {"country": "XK"}, {"country": "ARM"}, {"tax": "20"}, {"tax": {}},
-            {"tax": {"type": "vat", "rate": "101"}}, {"tax": {"type": "vat", "rate": "-1"}},
             {"tax": {"type": "vat", "amount": "0.001"}}, {"tax": {"type": "vat", "rate": 20}},
         )
     ),
@@ -83,7 +78,6 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("Purchase.Settled", {"buyer": "Ani"}),
     ("Purchase.Settled", {"buyer": {"country": "Armenia"}}),
     ("Refund.Apply", {"amount": "1.00001"}),
-    ("Refund.Apply", {"amount": "0"}),
     ("Product.Create", {"distribution": "gift"}),
     ("Product.Create", {"grant_policy": "manual_grant"}),
     ("Product.Create", {"distribution": "grant"}),
@@ -95,19 +89,13 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("Product.Create", {"archived_at": "2025-01-01T00:00:00Z"}),
     ("ProductPrice.Create", {"country": "**"}),
     ("ProductPrice.Create", {"amount": "1.001"}),
-    ("OperationType.CreateWithArchival", {"credits_per_unit": "0"}),
     ("OperationType.CreateWithArchival", {"credits_per_unit": "0.0000001"}),
-    ("OperationType.CreateWithArchival", {"minimum_charge": 0}),
     ("Merchant.Register", {"merchant_id": "Ararat"}),
     ("Merchant.Register", {"merchant_id": "a"}),
     ("Merchant.Register", {"merchant_id": "a" * 32}),
     ("Merchant.Register", {"merchant_id": "control"}),
     ("Merchant.Register", {"merchant_id": "ararat\n"}),
-    ("Merchant.Register", {"partitions": 0}),
     ("Merchant.Register", {"simulated": 1}),
-    ("Merchant.Configure", {"expected_version": -1}),
-    ("Clock.Advance", {"seconds": 0}),
-    ("Clock.Advance", {"seconds": -5}),
     ("UserRole.Assign", {"role": "root"}),
     ("Receipt.AttachFiscal", {"kind": "gift"}),
     ("Receipt.AttachFiscal", {"qr_url": "javascript:alert(1)"}),
@@ -116,15 +104,15 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
         for change in changes(
             {"legal_name": ...}, {"time_zone": "Mars/Olympus"}, {"time_zone": "../UTC"}, {"time_zone": ""},
             {"locale": "xx-YY"}, {"locale": ""}, {"locale": "hy/AM"}, {"country": "EU"}, {"tax_regime": "gst"},
-            {"vat_rates": ...}, {"vat_rates": []}, {"vat_rates": [{"country": "AM", "rate": "100.1"}]},
+            {"vat_rates": ...}, {"vat_rates": []},
             {"vat_rates": [{"country": "AM", "rate": "20", "category": "X"}]},
             {"vat_rates": [{"country": "AM", "rate": "20", "valid_from": "2026-13-01"}]},
             {"credit_note_series_prefix": "ARA"}, {"receipt_series_prefix": "-A"}, {"receipt_series_prefix": "a b"},
-            {"receipt_series_prefix": "A" * 32}, {"receipt_series_prefix": "A\n"}, {"retention_years": 0},
-            {"operation_timeout_minutes": 0}, {"late_close": "ask"}, {"refund_policy": {"shortfall": "loan"}},
+            {"receipt_series_prefix": "A" * 32}, {"receipt_series_prefix": "A\n"}, {"late_close": "ask"}, {"refund_policy": {"shortfall": "loan"}},
             {"chargeback_policy": {"credit_note": "at_lost"}}, {"external_ref_patterns": {"card": "("}},
             {"external_ref_patterns": {"card": "a" * 201}}, {"external_ref_patterns": {"card": 5}},
-            {"external_ref_patterns": {"card": "[[a]"}}, {"registered_address": {"city": "Yerevan", "country": "AM"}},
+            {"external_ref_patterns": {"card": "[[a]"}}, {"external_ref_patterns": {"card": r"(.)\1"}},
+            {"external_ref_patterns": {"card": "x(?=y)"}}, {"registered_address": {"city": "Yerevan", "country": "AM"}},
         )
     ),
 ]  # fmt: skip
@@ -147,6 +135,35 @@ LIMIT_EXCEEDED: list[tuple[str, dict[str, Any]]] = [
     ("Merchant.Register", {"partitions": 65}),
     ("Merchant.Configure", {"config": CONFIG | {"retention_years": 101}}),
     ("Merchant.Configure", {"config": CONFIG | {"operation_timeout_minutes": 525_601}}),
+    ("Grant.Apply", {"credits": 0}),
+    ("Grant.Apply", {"credits": -1}),
+    ("Grant.Apply", {"credits": -HUGE}),
+    ("Grant.Apply", {"access_period_days": 0}),
+    ("Refund.Apply", {"amount": "0"}),
+    ("OperationType.CreateWithArchival", {"credits_per_unit": "0"}),
+    ("OperationType.CreateWithArchival", {"minimum_charge": 0}),
+    ("Merchant.Register", {"partitions": 0}),
+    ("Merchant.Configure", {"expected_version": -1}),
+    ("Clock.Advance", {"seconds": 0}),
+    ("Clock.Advance", {"seconds": -5}),
+    *(("Operation.RecordAndClose", {"resource_amount": value}) for value in ("0", "0.0", "-1", "-0.0000001")),
+    *(
+        ("Purchase.Settled", {"pricing_snapshot": SNAPSHOT | change})
+        for change in changes(
+            {"amount": "0"},
+            {"amount": "-5"},
+            {"tax": {"type": "vat", "rate": "101"}},
+            {"tax": {"type": "vat", "rate": "-1"}},
+        )
+    ),
+    *(
+        ("Merchant.Configure", {"config": CONFIG | change})
+        for change in changes(
+            {"vat_rates": [{"country": "AM", "rate": "100.1"}]},
+            {"retention_years": 0},
+            {"operation_timeout_minutes": 0},
+        )
+    ),
 ]
 
 ACCEPTED: list[tuple[str, dict[str, Any]]] = [
