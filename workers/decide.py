@@ -92,6 +92,10 @@ class Reception:
         """Decide a command that is new in every respect."""
         raise NotImplementedError
 
+    def account_id(self, incoming: Incoming) -> int | None:  # noqa: ARG002 - a merchant's desk knows accounts
+        """Tell whose account a command concerns, if any."""
+        return None
+
     def account_of(self, row: Row) -> Account | None:  # noqa: ARG002 - a merchant's desk knows accounts
         """Return the account whose figures the result shows."""
         return None
@@ -208,6 +212,9 @@ class Reception:
         )
 
     def _refuse(self, row: Row, incoming: Incoming, refusal: Refusal) -> None:
+        if incoming.payload is not None:
+            # So that a repetition of the answer names the user as the account does then, not as the message did.
+            row.account_id = self.account_id(incoming)
         self.conclude(row, incoming, refusal, {}, None)
         self.add(row, incoming)
 

@@ -416,6 +416,21 @@ def test_a_stored_answer_shows_the_tombstone_after_an_erasure() -> None:
     assert again["balance"] == 5
 
 
+def test_a_conflict_again_shows_the_tombstone_after_an_erasure() -> None:
+    core = shop()
+    core.applied("Adjustment.Apply", **adjustment())
+    other = core.message("Adjustment.Apply", adjustment(delta=6))
+    (conflict,) = core.send(other)
+    core.applied("User.Erase", **admin(request_id="e", user_id="u"))
+
+    (again,) = core.send(other)
+
+    assert code(again) == code(conflict) == "idempotency_conflict"
+    assert again["user_id"].startswith("erased-")
+    # The account's figures after the command, which moved nothing.
+    assert (conflict["user_seq"], conflict["balance"], conflict["debt"]) == (1, 5, 0)
+
+
 def test_a_waiting_command_of_a_user_who_is_erased_is_answered_then() -> None:
     core = shop()
     early = core.message("Operation.RecordAndClose", closing())
