@@ -4,7 +4,7 @@ Each returns the new catalogue, the rows that changed and the object shown to th
 Setting what is already in force is applied and changes nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -134,7 +134,18 @@ def create_price(catalog: Catalog, command: payloads.ProductPriceCreate, now: da
     return CatalogChange(catalog.with_price(price), (price,), price.as_object())
 
 
-def is_same_start(row: Price | OperationType, given: datetime | None, now: datetime) -> bool:
+def latest_moment(versions: Iterable[OperationType], now: datetime) -> datetime:
+    """Tell where the newest of the changes made at ``now`` begins.
+
+    The changes of one batch share their moment; each takes effect an instant after the one before.
+    """
+    starts = {version.effective_at for version in versions}
+    while now + INSTANT in starts:
+        now += INSTANT
+    return now
+
+
+def is_same_start(row: Price, given: datetime | None, now: datetime) -> bool:
     if given is None or now - DELIVERY_DELAY <= given <= now:
         return is_active(row, now)
     return row.effective_at == given
@@ -175,6 +186,9 @@ def create_operation_type(
 ) -> CatalogChange:
     versions = list(catalog.operation_types.get(command.operation_code, ()))
     effective_at = moment(command.effective_at, now)
+    is_now = effective_at == now
+    if is_now:
+        effective_at = latest_moment(versions, now)
     new = OperationType(
         command.operation_code,
         command.display_name,
@@ -184,15 +198,14 @@ def create_operation_type(
         command.workflow_type,
         effective_at,
     )
-    if command.effective_at is None:
-        # Two changes of one batch share their moment: the later one takes effect an instant after.
-        while any(v.effective_at == new.effective_at and not is_same_version(v, new) for v in versions):
-            new = replace(new, effective_at=new.effective_at + INSTANT)
+    if is_now and any(v.effective_at == effective_at and not is_same_version(v, new) for v in versions):
+        new = replace(new, effective_at=effective_at + INSTANT)
     standing = [version for version in versions if not is_withdrawn(version)]
     scheduled = [v.effective_at for v in standing if v.effective_at > new.effective_at]
     new = replace(new, archived_at=min(scheduled, default=None), version=len(versions) + 1)
     for version in standing:
-        is_in_force = is_same_start(version, command.effective_at, now) and version.archived_at == new.archived_at
+        starts_so = is_active(version, effective_at) if is_now else version.effective_at == effective_at
+        is_in_force = starts_so and version.archived_at == new.archived_at
         if is_in_force and is_same_version(version, new):
             return CatalogChange(catalog, (), version.as_object())
     if any(version.effective_at == new.effective_at for version in standing):
@@ -213,7 +226,8 @@ def is_same_version(a: OperationType, b: OperationType) -> bool:
 
 def archive_operation_type(catalog: Catalog, command: payloads.OperationTypeArchive, now: datetime) -> CatalogChange:
     versions = list(catalog.operation_types.get(command.operation_code, ()))
-    version = named(versions, command.effective_at, now)
+    latest = latest_moment(versions, now)
+    version = named(versions, command.effective_at, latest)
     if version is None:
         raise Refusal(
             Code.UNKNOWN_OPERATION_TYPE,
@@ -226,7 +240,7 @@ def archive_operation_type(catalog: Catalog, command: payloads.OperationTypeArch
     ended = replace(version, archived_at=archived_at)
     changed = [ended]
     versions[versions.index(version)] = ended
-    if is_withdrawn(ended):
+    if is_withdrawn(ended) and version.effective_at > latest:
         # The version before a withdrawn one goes on to where the withdrawn one would have ended.
         for index, before in enumerate(versions):
             if before.archived_at == version.effective_at and not is_withdrawn(before) and before is not ended:

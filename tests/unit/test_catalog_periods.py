@@ -363,6 +363,29 @@ def test_a_code_begins_again_after_its_version_was_archived() -> None:
     assert [rate_at(core, hours) for hours in (0.5, 1.5, 2)] == ["1", None, "7"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [("23", "3"), ("232", "2"), ("2323", "3"), ("2-", None), ("23-", None), ("2-3", "3"), ("2-2", "2"), ("1-", None)],
+)
+def test_changes_of_one_batch_take_effect_in_their_order(changes: str, rate: str | None) -> None:
+    core = shop()
+    core.wait(hours=1)
+    archive = {"operation_code": "chat", "actor": "admin"}
+
+    results = core.batch(
+        [
+            core.message("OperationType.Archive", archive)
+            if change == "-"
+            else core.message("OperationType.CreateWithArchival", operation_type(credits_per_unit=change))
+            for change in changes
+        ]
+    )
+
+    assert {result["outcome"] for result in results} == {"applied"}
+    assert rate_at(core, 2) == rate
+    assert rate_at(core, 0.5) == "1"
+
+
 STEPS = st.lists(
     st.tuples(
         st.sampled_from(["create", "create", "create", "archive", "wait"]),
