@@ -126,7 +126,9 @@ class Scheduler:
                 fresh = self._not_sent(merchant.merchant_id, now, jobs)
                 await self.publisher.publish(fresh)
                 sent += len(fresh)
-            await save_marks(connection, search.marks)
+            # A test clock jumps: a batch that read it before the jump may still commit what is long due after it.
+            if not merchant.simulated:
+                await save_marks(connection, search.marks)
         return sent
 
     async def _make_partitions(self, connection: AsyncConnection, merchant: Merchant, now: datetime) -> None:

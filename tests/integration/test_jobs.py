@@ -186,6 +186,24 @@ async def test_a_parked_command_is_given_up_by_the_job_when_its_time_is_over(con
         assert codes == {"Operation.RecordAndClose": "dependency_timeout", "Command.Resolve": None}
 
 
+async def test_a_lot_whose_batch_began_before_the_clock_was_moved_expires_too(control_url: str) -> None:
+    made = await merchant(control_url, "jump", simulated=True)
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        await wait(user, 2 * DAY, b"j" * 16)
+        await one.send_due(made)
+
+        # As the batch of a purchase does that read the clock just before it was moved.
+        async with user.engine.begin() as connection:
+            await connection.exec_driver_sql("UPDATE merchant_state SET clock_offset = '0'")
+        await grant(user, "g1", 5, 1)
+        async with user.engine.begin() as connection:
+            await connection.exec_driver_sql("UPDATE merchant_state SET clock_offset = '2 days'")
+
+        assert await one.send_due(made) == 1
+        await user.apply(*sent.records(user))
+        assert await entries(user) == [("promo", 5), ("expiry", -5)]
+
+
 async def test_partitions_are_made_ahead_of_time(control_url: str) -> None:
     made = await merchant(control_url, "months", simulated=True)
     async with clerk(made) as user, scheduler(control_url) as (one, _):
