@@ -76,6 +76,17 @@ async def bump_versions(connection: AsyncConnection, *, config_version: int, cat
     await connection.exec_driver_sql(sql, (config_version, int(catalog_changed)))
 
 
+async def advances_since(
+    connection: AsyncConnection, moment: datetime, clock_offset: timedelta
+) -> list[tuple[datetime, timedelta]]:
+    """List how far a simulated merchant's clock was moved after a moment of the real one, up to an offset, and when."""
+    sql = """
+    SELECT advanced_at, make_interval(secs => seconds) FROM clock_advances
+    WHERE advanced_at > $1 AND clock_offset <= $2
+    """
+    return [(row[0], row[1]) for row in await fetch(connection, sql, moment, clock_offset)]
+
+
 async def advance_clock(connection: AsyncConnection, seconds: int, command: bytes) -> tuple[timedelta, datetime]:
     """Move a simulated merchant's clock forward, once for each command; returns (offset, now) after it."""
     await connection.exec_driver_sql(

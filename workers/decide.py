@@ -4,7 +4,7 @@ The order of every message: seen before? refused for what it is? business key kn
 do time and the command move the books.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -277,6 +277,8 @@ class Desk(Reception):
     fiscal: Fiscal = field(default_factory=Fiscal)
     tombstones: dict[str, int] = field(default_factory=dict)
     clock_offset: timedelta = timedelta(0)
+    # When a test clock was moved after the batch's records were taken, and how far.
+    advances: Sequence[tuple[datetime, timedelta]] = ()
 
     resolved_rows: list[Row] = field(default_factory=list)
     gone_parked: list[bytes] = field(default_factory=list)
@@ -325,7 +327,7 @@ class Desk(Reception):
             row.account_id,
             now,
             now + PARKED_FOR.get(dependency.kind, PARKED_FOR_MONEY),
-            incoming.record_time + self.clock_offset,
+            self.on_clock(incoming.record_time),
             incoming.source,
             incoming.id,
             incoming.type,
@@ -338,12 +340,17 @@ class Desk(Reception):
         self.new_rows.append(row)
         self.parked[row.identity] = self.new_parked[row.identity] = waiting
 
-    def _settle(self, row: Row, incoming: Incoming, *, record_offset: timedelta | None = None) -> None:
+    def on_clock(self, record_time: datetime) -> datetime:
+        """Tell what the merchant's clock showed when the broker took a record: what moved it later does not count."""
+        later = (step for at, step in self.advances if at > record_time)
+        return record_time + self.clock_offset - sum(later, timedelta(0))
+
+    def _settle(self, row: Row, incoming: Incoming, *, record_time: datetime | None = None) -> None:
         """Let time pass for the command's account, then decide it."""
-        offset = self.clock_offset if record_offset is None else record_offset
         row.account_id = self.account_id(incoming)
         account = self.account_of(row)
-        given = Given(incoming.payload, incoming.identity, row.account_id, incoming.record_time + offset)
+        taken = self.on_clock(incoming.record_time) if record_time is None else record_time
+        given = Given(incoming.payload, incoming.identity, row.account_id, taken)
         passed = self.books.let_time_pass(account, incoming.identity, opening=incoming.type == "Operation.Open")
         try:
             if account is not None and account.erased_at is not None and names_user(incoming):
@@ -437,7 +444,7 @@ class Desk(Reception):
         elif first is not None:
             self.repeat(row, first, incoming)
         else:
-            self._settle(row, incoming, record_offset=timedelta(0))
+            self._settle(row, incoming, record_time=waiting.record_time)
         answer = self.answer(row, incoming, whole=True)
         answer.times = waiting.waiting
         self.answers.append(answer)

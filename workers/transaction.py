@@ -250,6 +250,9 @@ class Batch:
             identities = [parked.identity for parked in waiting]
             waiting = await inbox.parked_for(connection, (), (), identities, lock=True)
         desk = await self._desk(wanted, accounts)
+        if context.simulated and fresh:
+            oldest = min(message.record_time for message in fresh)
+            desk.advances = await merchants.store.advances_since(connection, oldest, desk.clock_offset)
         desk.parked = {parked.identity: parked for parked in waiting}
         await self._load_inbox(desk, [*fresh, *repeated], waiting)
         await ledger.store.load(

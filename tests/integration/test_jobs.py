@@ -20,6 +20,7 @@ from workers.publisher import OutMessage
 from workers.scheduler import Scheduler
 
 DAY = 86_400
+TERMS = {"access_period_days": 30, "justification": "test", "actor": "tests"}
 
 
 class Outbox:
@@ -233,3 +234,29 @@ async def test_a_closed_hour_of_queue_lag_loses_no_debit(control_url: str) -> No
 
         assert (result["outcome"], result["effects"]["credits"]) == ("applied", 7)
         assert await entries(user) == [("debit", -7)]
+
+
+async def test_a_close_taken_before_the_clock_was_moved_past_its_deadline_is_in_time(control_url: str) -> None:
+    made = await merchant(control_url, "moved", simulated=True, late_close="refuse")
+    rate = {"operation_code": "chat", "display_name": "Chat", "resource_unit": "TOKEN", "credits_per_unit": "1"}
+    close = {"user_id": "ann", "operation_id": "op-1", "resource_amount": "7", "resource_unit": "TOKEN"}
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        await user.send("OperationType.CreateWithArchival", rate | {"actor": "tests"})
+        await user.send("Operation.Open", {"user_id": "ann", "operation_id": "op-1", "operation_code": "chat"})
+        taken = datetime.now(UTC)
+        await wait(user, 600, b"k" * 16)
+        await wait(user, 600, b"l" * 16)
+        await one.send_due(made)
+        await user.apply(*sent.records(user))
+
+        result = await user.send("Operation.RecordAndClose", close | {"completed_at": "2026-01-01T00:00:00Z"}, at=taken)
+        assert (result["outcome"], result["effects"]["credits"]) == ("applied", 7)
+
+        await user.send("Adjustment.Apply", {"adjustment_id": "a", "user_id": "ann", "credits_delta": 9} | TERMS)
+        await user.send("Operation.Open", {"user_id": "ann", "operation_id": "op-2", "operation_code": "chat"})
+        await wait(user, 1200, b"m" * 16)
+        await one.send_due(made)
+        await user.apply(*sent.records(user))
+        late = close | {"operation_id": "op-2", "completed_at": "2026-01-01T00:00:00Z"}
+        result = await user.send("Operation.RecordAndClose", late)
+        assert result["error"]["code"] == "operation_timed_out"
