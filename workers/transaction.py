@@ -112,6 +112,7 @@ class Wanted:
         if user_id is not None:
             account_id = account_id_of(user_id, secret)
             self.accounts.add(account_id)
+            self._add_tombstone(user_id)
             if command_type == "User.Erase":
                 self.erased.add(account_id)
         fulfils = FULFILMENTS.get(command_type)
@@ -123,12 +124,10 @@ class Wanted:
                 self.operations.add(payload.operation_id)
             case payloads.OperationExpire():
                 self.operations.add(payload.operation_id)
-                self._add_tombstone(payload.user_id)
             case payloads.LotExpire():
                 key = parse_entry_id(payload.lot_id)
                 if key is not None:
                     self.lots.add(key)
-                self._add_tombstone(payload.user_id)
             case payloads.RefundApply() | payloads.ChargebackApply():
                 self.purchases.add(payload.external_ref)
             case payloads.ChargebackReverse():
@@ -139,10 +138,12 @@ class Wanted:
                 subject = account_id_of(payload.subject, secret)
                 self.subjects.add(subject)
                 self.accounts.add(subject)
+                self._add_tombstone(payload.subject)
             case payloads.CommandResolve():
                 self.targets.add(message_identity(payload.source, payload.id))
 
     def _add_tombstone(self, user_id: str) -> None:
+        """Have an erased user's account found by the tombstone, which is the only name others have of it."""
         if user_id.startswith(TOMBSTONE):
             self.tombstones.add(user_id)
 

@@ -35,6 +35,23 @@ async def test_later_commands_naming_an_erased_user_are_refused_but_reversals_wo
     assert (again["outcome"], "replay_of" in again) == ("applied", True)
 
 
+async def test_commands_naming_an_erased_user_by_the_tombstone_are_refused_too(shop: Merchant, user: MakeUser) -> None:
+    someone = user()
+    await shop.buy(someone)
+    erased = await shop.applied("User.Erase", request_id=name(), user_id=someone)
+    tombstone = erased["user_id"]
+    for type_, members in (
+        ("Purchase.Settled", shop.purchase(tombstone)),
+        ("User.SignedUp", {"user_id": tombstone}),
+        ("Operation.Open", {"user_id": tombstone, "operation_id": name(), "operation_code": "llm"}),
+        ("Grant.Apply", {"grant_id": name(), "user_id": tombstone, "credits": 5, "access_period_days": 3}),
+        ("Account.Lock", {"user_id": tombstone}),
+        ("User.Erase", {"request_id": name(), "user_id": tombstone}),
+        ("UserRole.Assign", {"subject": tombstone, "role": "support"}),
+    ):
+        await shop.refused("account_erased", type_, members)
+
+
 async def test_a_stored_answer_names_the_tombstone_after_the_erasure(shop: Merchant, user: MakeUser) -> None:
     someone = user()
     members = shop.purchase(someone)
