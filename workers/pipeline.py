@@ -8,10 +8,11 @@ one command is answered ``internal_error``, the rest goes on.
 import asyncio
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -49,7 +50,6 @@ from workers.transaction import (
     StaleContextError,
     SuspendedError,
     next_offsets,
-    note_positions,
     plan,
 )
 
@@ -332,11 +332,9 @@ class Pipeline:
                 known_gaps=desk.known_gaps,
             )
             await point("after_positions")
-            batch = Batch(connection, desk.context, lots_wanted, condemned)
+            batch = Batch(connection, desk.context, lots_wanted, condemned, partial(self._catch_up, desk, lease))
             try:
                 applied = await batch.apply(todo)
-                await self._catch_up(desk, lease)
-                await note_positions(connection, todo, desk.published)
             finally:
                 desk.context = batch.context
             # No further than this batch goes: what comes after it may be applied, and not published yet.
@@ -352,7 +350,7 @@ class Pipeline:
         desk.context = applied.context
         return applied
 
-    async def _catch_up(self, desk: Desk, lease: Lease) -> None:
+    async def _catch_up(self, desk: Desk, lease: Lease) -> Mapping[TP, int]:
         """Wait until the batch before is published: a crash shall find no two batches applied and not published.
 
         It goes out while this one is decided and saved. A transaction must not stay open for long, so that a broker
@@ -362,6 +360,7 @@ class Pipeline:
             await asyncio.wait({desk.publishing}, timeout=BEHIND_SECONDS_MAX)
             if not desk.publishing.done() or not lease.alive():
                 raise BehindError
+        return desk.published
 
     async def _publish(self, desk: Desk, applied: Applied, lease: Lease) -> bool:
         """Publish what a committed batch put out; False when the lease ended before all of it was acknowledged."""

@@ -4,7 +4,7 @@ Locks, always in this order: positions, accounts, parked commands, the merchant'
 What can change is read after the account locks; then the clock is read, once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -191,23 +191,22 @@ async def plan(
     return result
 
 
-async def note_positions(connection: AsyncConnection, todo: Plan, published: Mapping[TP, int]) -> None:
-    """Write how far the partitions are applied and published: the last statement of a batch."""
-    for tp, row in todo.rows.items():
-        row.note_published(published.get(tp, 0))
-        if planted("wrong_position"):
-            row.published_next = row.applied_next
-    await positions.save(connection, todo.rows)
+async def _nothing_published() -> Mapping[TP, int]:
+    return {}
 
 
 @dataclass
 class Batch:
-    """The transaction of one batch."""
+    """The transaction of one batch.
+
+    ``published`` is asked last, and may wait for it: how far the batches before this one are published.
+    """
 
     connection: AsyncConnection
     context: Context
     lots_wanted: Mapping[int, int] = field(default_factory=dict)
     condemned: frozenset[inbox.Position] = frozenset()
+    published: Callable[[], Awaitable[Mapping[TP, int]]] = _nothing_published
 
     async def apply(self, todo: Plan) -> Applied:
         """Decide the fresh messages, read back what the others were answered, save everything."""
@@ -233,6 +232,12 @@ class Batch:
             await inbox.save_dead_letters(self.connection, applied.letters)
         for tp, offset in next_offsets(todo.fresh).items():
             todo.rows[tp].applied_next = offset
+        published = await self.published()
+        for tp, row in todo.rows.items():
+            row.note_published(published.get(tp, 0))
+            if planted("wrong_position"):
+                row.published_next = row.applied_next
+        await positions.save(self.connection, todo.rows)
         return applied
 
     # Loading

@@ -194,7 +194,7 @@ def test_an_amount_finer_than_the_currency_is_malformed() -> None:
     core = bought()
 
     assert code(refund(core, "r1", "1.001")) == "malformed"
-    assert code(refund(core, "r2", "0")) == "malformed"
+    assert code(refund(core, "r2", "0")) == "limit_exceeded"
 
 
 def test_a_full_refund_after_60_used_and_40_expired_takes_what_was_used_and_no_more() -> None:
