@@ -35,7 +35,8 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 _PERIOD = """
 SELECT d.issued_at, d.prefix, d.sequence, d.number, d.body, d.hash, a.user_id, b.block
-FROM documents d JOIN accounts a USING (account_id) LEFT JOIN buyers b USING (number)
+FROM documents d JOIN accounts a USING (account_id) LEFT JOIN purchases p USING (external_ref)
+    LEFT JOIN buyers b ON b.number = p.receipt_number AND d.body::json ->> 'buyer_digest' IS NOT NULL
 WHERE d.issued_at >= $1 AND d.issued_at < $2 AND (d.issued_at, d.prefix, d.sequence, d.number) > ($3, $4, $5, $6)
 ORDER BY d.issued_at, d.prefix, d.sequence, d.number LIMIT $7
 """

@@ -58,6 +58,7 @@ class Draft:
     upstream_tax: SnapshotTax | None = None
     buyer: Buyer | None = None
     salt: bytes = b""
+    repeats_buyer: bool = False  # the receipt's buyer block is this document's too
     number: str = ""  # set when issued
 
 
@@ -154,6 +155,8 @@ class Issuer:
             block = compact_json(buyer_object(draft.buyer)).decode()
             buyer = BuyerBlock(number, draft.account_id, draft.salt, block)
             body["buyer_digest"] = sha256(draft.salt + block.encode()).hexdigest()
+        elif draft.repeats_buyer:
+            body["buyer_digest"] = archive.receipt(draft.external_ref)["buyer_digest"]
         text = compact_json(body).decode()
         series.head = sha256(series.head + text.encode()).digest()
         archive.add(body)

@@ -42,6 +42,16 @@ async def load_archive(connection: AsyncConnection, external_refs: Sequence[str]
     return archive
 
 
+async def load_buyers(connection: AsyncConnection, external_refs: Sequence[str]) -> dict[str, str]:
+    """Read the buyer blocks of purchases, by external_ref; those that were erased are not there."""
+    sql = """
+    SELECT d.external_ref, b.block FROM documents d JOIN buyers b USING (number)
+    WHERE d.external_ref = ANY($1::text[]) AND d.kind = 'receipt'
+    """
+    rows = await fetch(connection, sql, list(external_refs)) if external_refs else ()
+    return {row[0]: row[1] for row in rows}
+
+
 async def save(
     connection: AsyncConnection, series: Iterable[Series], documents: Sequence[Document], buyers: Sequence[BuyerBlock]
 ) -> None:
@@ -78,9 +88,11 @@ class Stored:
     buyer: str | None
 
 
+# The buyer block of a purchase is kept once, beside its receipt.
 SELECT_STORED = """
 SELECT d.number, d.kind, d.issued_at, d.body, d.hash, d.command, a.user_id, b.block
-FROM documents d JOIN accounts a USING (account_id) LEFT JOIN buyers b USING (number)
+FROM documents d JOIN accounts a USING (account_id) LEFT JOIN purchases p USING (external_ref)
+    LEFT JOIN buyers b ON b.number = p.receipt_number AND d.body::json ->> 'buyer_digest' IS NOT NULL
 """
 
 

@@ -260,13 +260,16 @@ class Core:
             prefix = series_of(draft.kind, draft.config)
             series = self.series.setdefault(prefix, Series(prefix, 0, 1, LONG_AGO))
             issuer = Issuer(draft.config, draft.config_version, self.now, False)
-            document, buyer = issuer.issue(documents._draft(draft), series, self.archive)
-            documents._note_number(draft, document.number)
-            self.documents.append(document)
-            if buyer is not None:
-                self.buyers.append(buyer)
-            issued.append(Issued(document, buyer, draft))
+            item = documents.issue_one(issuer, draft, series, self.archive, self._buyer_blocks())
+            self.documents.append(item.document)
+            if item.buyer is not None:
+                self.buyers.append(item.buyer)
+            issued.append(item)
         return issued
+
+    def _buyer_blocks(self) -> dict[str, str]:
+        refs = {document.number: document.external_ref for document in self.documents}
+        return {refs[buyer.number]: buyer.block for buyer in self.buyers}
 
     # What is there
 

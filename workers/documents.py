@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import receipts.store
 from ledger.books import Books, DocumentDraft
 from ledger.model import entry_id_of
-from receipts.model import BuyerBlock, Document, Draft, Issuer, series_of
+from receipts.model import Archive, BuyerBlock, Document, Draft, Issuer, Series, series_of
 from schemas.canonical import format_time
 from schemas.money import format_amount
 
@@ -25,6 +25,7 @@ class Issued:
     document: Document
     buyer: BuyerBlock | None
     draft: DocumentDraft
+    shown_buyer: str | None  # the block it is published with: its own, or its receipt's
 
 
 async def issue(connection: AsyncConnection, books: Books, *, clock_offset: timedelta, simulated: bool) -> list[Issued]:
@@ -34,18 +35,27 @@ async def issue(connection: AsyncConnection, books: Books, *, clock_offset: time
         return []
     older = sorted({d.purchase.external_ref for d in drafts if d.kind != "receipt"})
     archive = await receipts.store.load_archive(connection, older)
+    blocks = await receipts.store.load_buyers(connection, older)
     prefixes = [series_of(draft.kind, _config(draft)) for draft in drafts]
     series = await receipts.store.lock_series(connection, prefixes)
     clock = await receipts.store.read_clock(connection) + clock_offset
     issued = []
     for draft, prefix in zip(drafts, prefixes, strict=True):
         issuer = Issuer(_config(draft), draft.config_version, clock, simulated)
-        document, buyer = issuer.issue(_draft(draft), series[prefix], archive)
-        _note_number(draft, document.number)
-        issued.append(Issued(document, buyer, draft))
-    blocks = [item.buyer for item in issued if item.buyer is not None]
-    await receipts.store.save(connection, series.values(), [item.document for item in issued], blocks)
+        issued.append(issue_one(issuer, draft, series[prefix], archive, blocks))
+    buyers = [item.buyer for item in issued if item.buyer is not None]
+    await receipts.store.save(connection, series.values(), [item.document for item in issued], buyers)
     return issued
+
+
+def issue_one(issuer: Issuer, draft: DocumentDraft, series: Series, archive: Archive, blocks: dict[str, str]) -> Issued:
+    """Issue one document; ``blocks`` are the buyer blocks of purchases, and are extended by a receipt's."""
+    external_ref = draft.purchase.external_ref
+    document, buyer = issuer.issue(_draft(draft, repeats_buyer=external_ref in blocks), series, archive)
+    if buyer is not None:
+        blocks[external_ref] = buyer.block
+    _note_number(draft, document.number)
+    return Issued(document, buyer, draft, blocks.get(external_ref))
 
 
 def _config(draft: DocumentDraft) -> Any:
@@ -53,7 +63,7 @@ def _config(draft: DocumentDraft) -> Any:
     return draft.config
 
 
-def _draft(draft: DocumentDraft) -> Draft:
+def _draft(draft: DocumentDraft, *, repeats_buyer: bool) -> Draft:
     purchase = draft.purchase
     return Draft(
         kind=draft.kind,
@@ -69,6 +79,7 @@ def _draft(draft: DocumentDraft) -> Draft:
         buyer=draft.buyer,
         # Not derived from anything: once it is deleted, the digest tells nothing about the buyer.
         salt=os.urandom(16) if draft.buyer is not None else b"",
+        repeats_buyer=repeats_buyer,
     )
 
 

@@ -103,7 +103,7 @@ def issued_documents(
         document = item.document
         user_id = accounts[document.account_id].user_id
         erased = accounts[document.account_id].erased_at is not None
-        buyer = item.buyer.block if item.buyer is not None and not erased else None
+        buyer = item.shown_buyer if not erased else None
         stored.append(
             Stored(
                 document.number,

@@ -352,3 +352,35 @@ async def test_a_receipt_is_published_whole(shop: Merchant, user: MakeUser) -> N
     local = datetime.fromisoformat(body["issued_at"]) + timedelta(hours=4)
     assert int(year) == local.year
     assert rfc3339(parse_time(body["issued_at"])) == body["issued_at"]
+
+
+async def test_credit_notes_and_corrections_name_the_buyer_as_their_receipt_does(bus: Bus, user: MakeUser) -> None:
+    shop = await bus.register(chargeback_policy={"shortfall": "debit", "credit_note": "on_apply"})
+    await shop.stock()
+    someone = user()
+    buyer = {"name": "Ani", "country": "AM", "vat_id": "AM1", "locale": "hy"}
+    ref, _ = await shop.buy(someone, buyer=buyer)
+    refund: Json = {"refund_id": name(), "external_ref": ref, "amount": "1.00"}
+    refunded = await shop.applied("Refund.Apply", refund)
+    dispute_id = name()
+    disputed = await shop.applied("Chargeback.Apply", dispute_id=dispute_id, external_ref=ref)
+    await shop.applied("Chargeback.Reverse", dispute_id=dispute_id)
+    correction = "CN-{1}-0003".format(*refunded["effects"]["credit_note_number"].split("-"))
+    for number in (*(one["effects"]["credit_note_number"] for one in (refunded, disputed)), correction):
+        body = (await shop.document(number)).body
+        assert body["buyer"] == buyer, number
+        assert body["buyer_digest"]
+    await shop.applied("User.Erase", request_id=name(), user_id=someone)
+    later = await shop.applied("Refund.Apply", refund | {"refund_id": name()})
+    body = (await shop.document(later["effects"]["credit_note_number"])).body
+    assert not {"buyer", "buyer_digest"} & set(body)
+
+
+async def test_a_credit_note_of_the_same_batch_as_its_receipt_names_the_buyer(shop: Merchant, user: MakeUser) -> None:
+    members = shop.purchase(user(), buyer={"name": "Ani"})
+    refund = {"refund_id": name(), "external_ref": members["external_ref"]}
+    # The refund is parked, and decided with its purchase.
+    early = await shop.send("Refund.Apply", refund)
+    await shop.applied("Purchase.Settled", members)
+    (result,) = await shop.bus.results(early)
+    assert (await shop.document(result.body["effects"]["credit_note_number"])).body["buyer"] == {"name": "Ani"}
