@@ -31,6 +31,8 @@ _CATEGORIES = {
     "NONE": "O",
 }
 UNTAXED = frozenset({"Z", "E", "AE", "O"})
+# What upstream says where nothing that is contained in the price is taxed. A turnover tax is the seller's own.
+_TAXLESS = frozenset({"NONE", "TURNOVER"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def tax_block(
     ours = own_line(config, country, currency, gross, at)
     line, source = ours, "merchant"
     # More tax than was paid cannot be: then the merchant's own figure stands, and the document says so.
-    if upstream is not None and (upstream.amount is None or upstream.amount <= gross):
+    if upstream is not None and _tells_tax(upstream) and (upstream.amount is None or upstream.amount <= gross):
         line, source = upstream_line(upstream, currency, gross, ours), "upstream"
     block: dict[str, Any] = {"regime": config.tax_regime, "source": source}
     block |= totals([line] if line else [], gross, currency)
@@ -110,22 +112,37 @@ def own_line(config: MerchantConfig, country: str, currency: str, gross: Decimal
     return TaxLine(category, rate, gross, included_tax(gross, rate, currency))
 
 
+def _kind(upstream: SnapshotTax) -> str:
+    return upstream.type.upper().replace("-", "_")
+
+
+def _tells_tax(upstream: SnapshotTax) -> bool:
+    """Tell whether upstream says what it charged: "VAT" alone names a kind of tax, and no figure."""
+    if upstream.rate is not None or upstream.amount is not None:
+        return True
+    return _kind(upstream) in _TAXLESS or _CATEGORIES.get(_kind(upstream)) in UNTAXED
+
+
 def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal, ours: TaxLine | None) -> TaxLine | None:
     """Read the tax upstream charged; a type without tax (turnover, none) has no line.
 
     An amount without a rate is told at the merchant's own rate if that gives it, else at the rate it amounts to.
     """
     rate, amount = upstream.rate or Decimal(0), upstream.amount
-    category = _CATEGORIES.get(upstream.type.upper().replace("-", "_"))
+    if _kind(upstream) == "TURNOVER" or (_kind(upstream) in _TAXLESS and not amount):
+        return None
+    category = _CATEGORIES.get(_kind(upstream))
     if category is None:
         category = "S" if rate or amount else None
-    if category is None or (upstream.type.lower() == "none" and not amount):
+    if category is None:
         return None
     if amount is None:
         amount = included_tax(gross, rate, currency)
-    if upstream.rate is None and amount:
-        is_ours = ours is not None and ours.tax == amount
+    if upstream.rate is None:
+        is_ours = ours is not None and ours.tax == amount and (amount or category == "S")
         rate = ours.rate if ours is not None and is_ours else effective_rate(amount, gross)
+    if category == "S" and not rate and not amount:
+        category = "Z"  # S has a rate above zero
     return TaxLine(category, rate, gross, quantize(amount, currency), upstream.note)
 
 
@@ -147,7 +164,7 @@ def flags(
             found["arithmetic"] = {"rate_gives": format_amount(expected, currency)}
     if upstream.amount is not None and upstream.amount > gross:
         found["arithmetic"] = {"tax_exceeds": format_amount(gross, currency)}
-    charged = line.tax if line else Decimal(0)
+    charged = line.tax if line else upstream.amount or Decimal(0)
     expected = ours.tax if ours else Decimal(0)
     if charged != expected:
         found["merchant_tax"] = format_amount(expected, currency)

@@ -237,6 +237,37 @@ def test_upstream_s_tax_that_is_ours_is_not_flagged() -> None:
     assert "discrepancy" not in Office(VAT).issue("receipt", Decimal("120.00"), upstream_tax=upstream)["tax"]
 
 
+@pytest.mark.parametrize("kind", ["vat", "VAT", "S", "inclusive"])
+def test_a_kind_of_tax_without_a_figure_is_taxed_at_the_merchant_s_rate(kind: str) -> None:
+    tax = Office(VAT).issue("receipt", Decimal("120.00"), upstream_tax=SnapshotTax(type=kind))["tax"]
+
+    assert (tax["source"], tax["tax"], tax["lines"][0]["rate"]) == ("merchant", "20.00", "20")
+    assert "discrepancy" not in tax
+
+
+def test_a_turnover_tax_of_the_seller_is_no_tax_line() -> None:
+    upstream = SnapshotTax(type="turnover", rate=Decimal(5), amount=Decimal("5.71"), note="turnover tax payer")
+    tax = Office(config(tax_regime="turnover")).issue("receipt", Decimal("120.00"), upstream_tax=upstream)["tax"]
+
+    assert (tax["lines"], tax["tax"], tax["note"]) == ([], "0.00", "turnover tax payer")
+    assert tax["discrepancy"] == {"merchant_tax": "0.00"}
+
+
+def test_upstream_s_rate_of_zero_is_zero_rated() -> None:
+    upstream = SnapshotTax(type="VAT", rate=Decimal(0))
+    tax = Office(VAT).issue("receipt", Decimal("120.00"), upstream_tax=upstream)["tax"]
+
+    assert (tax["lines"][0]["category"], tax["tax"]) == ("Z", "0.00")
+    assert tax["discrepancy"] == {"merchant_tax": "20.00"}
+
+
+def test_upstream_s_zero_tax_on_next_to_nothing_is_told_at_the_merchant_s_rate() -> None:
+    upstream = SnapshotTax(type="VAT", amount=Decimal(0))
+    tax = Office(VAT).issue("receipt", Decimal("0.02"), upstream_tax=upstream)["tax"]
+
+    assert (tax["lines"][0]["category"], tax["lines"][0]["rate"], tax["tax"]) == ("S", "20", "0.00")
+
+
 # Numbers
 
 
