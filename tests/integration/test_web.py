@@ -58,6 +58,13 @@ async def test_an_open_operation_and_a_lock_are_shown_and_change_the_tag_without
     assert third["ETag"].startswith('W/"1-')
 
 
+async def test_any_answer_at_all_is_what_a_star_has_already(shop: Shop) -> None:
+    await shop.clerk.send("User.SignedUp", {"user_id": "starred"})
+    for path in (f"{shop.api.root}/users/starred/balance", f"{shop.api.root}/products"):
+        assert (await shop.api.ask(path, {"If-None-Match": "*"}))[:2] == (304, b"")
+    assert (await shop.api.ask(f"{shop.api.root}/users/nobody/balance", {"If-None-Match": "*"}))[0] == 404
+
+
 async def test_a_new_entry_changes_the_tag_of_every_answer_about_the_user(shop: Shop) -> None:
     await shop.clerk.send("User.SignedUp", {"user_id": "tagged"})
     for what in ("balance", "lots", "ledger", "overview", "export"):

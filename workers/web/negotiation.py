@@ -49,7 +49,7 @@ async def respond(request: web.Request, call: Call, document: Shown, tag: str) -
         body = await render(call, document)
         tag = f'W/"{sha256(body).hexdigest()[:24]}"'
     headers = {"ETag": tag, "Vary": "Accept"}
-    if tag in given_tags(request):
+    if is_known(request, tag):
         return web.Response(status=304, headers=headers)
     if media_type == HTML:
         headers["Content-Security-Policy"] = f"{HTML_POLICY}; frame-ancestors 'none'"
@@ -60,7 +60,7 @@ async def respond(request: web.Request, call: Call, document: Shown, tag: str) -
     )
 
 
-def given_tags(request: web.Request) -> set[str]:
-    """Return the tags of If-None-Match, as weak ones."""
-    header = request.headers.get("If-None-Match", "")
-    return {"W/" + tag.strip().removeprefix("W/") for tag in header.split(",")}
+def is_known(request: web.Request, tag: str) -> bool:
+    """Tell whether If-None-Match names a tag, weakly compared; ``*`` is any."""
+    given = (part.strip() for line in request.headers.getall("If-None-Match", ()) for part in line.split(","))
+    return any(one == "*" or one.removeprefix("W/") == tag.removeprefix("W/") for one in given)

@@ -272,7 +272,7 @@ class Server:
         tag = entity_tag(shown, call)
         if endpoint.name == "getReceipt":
             return await negotiation.respond(request, call, shown, tag)
-        if tag in negotiation.given_tags(request):
+        if negotiation.is_known(request, tag):
             return web.Response(status=304, headers={"ETag": tag})
         return web.Response(body=compact_json(shown), content_type="application/json", headers={"ETag": tag})
 
