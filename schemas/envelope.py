@@ -99,6 +99,7 @@ class Incoming:
     `identity`: 16 bytes of (source, id). `fingerprint`: 32 bytes of the content, of the bare value if it has none that
     can be read.
     `digests`: see `schemas.fingerprint`, empty if refused. `business_key`: 16 bytes of (type, key), None without one.
+    `order`: the external_ref of a purchase refused for what it is, where it could be read.
     """
 
     topic: str
@@ -122,6 +123,7 @@ class Incoming:
     value: bytes | None = field(repr=False)
     # Whose command it is: the topic's merchant, on the control topic the one it names, as far as that can be read.
     merchant_id: str | None = None
+    order: str | None = None
 
     @property
     def value_sha256(self) -> bytes:
@@ -218,12 +220,21 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         record.key,
         value,
         context.merchant_id or _merchant_named(envelope.data),
+        None if error is None else _order(command_type, envelope.data),
     )
 
 
 def _merchant_named(data: dict[str, Any] | None) -> str | None:
     merchant_id = None if data is None else data.get("merchant_id")
     return merchant_id if type(merchant_id) is str and is_merchant_id(merchant_id) else None
+
+
+def _order(command_type: str, data: dict[str, Any] | None) -> str | None:
+    """Return which order a purchase is of that is refused for something else: somebody paid, and must be found."""
+    if data is None or command_type != "Purchase.Settled":
+        return None
+    reference = _identifier(data.get("external_ref"))
+    return None if reference is None or is_card_number(reference) else reference
 
 
 def _undeliverable(record: RecordLike, code: Code, message: str) -> Undeliverable:

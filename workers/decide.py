@@ -247,7 +247,8 @@ class Reception:
         if refusal is not None:
             row.code = refusal.code
             if incoming.type == "Purchase.Settled":
-                self.refused_purchases.append((row, member(incoming.payload, "external_ref"), refusal))
+                external_ref = member(incoming.payload, "external_ref") or incoming.order
+                self.refused_purchases.append((row, external_ref, refusal))
             body["error"] = {"code": refusal.code, "message": refusal.message, "details": refusal.details}
         account = self.account_of(row)
         if account is not None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -331,6 +332,37 @@ async def test_a_refused_order_is_listed_until_its_purchase_is_applied(shop: Sho
     await shop.clerk.send("Purchase.Settled", builders.purchase("buyer", "pay-w"))
     assert await listed(external_ref="pay-w") == []
     assert [p["status"] for p in await shop.api.walk("/purchases", external_ref="pay-w")] == ["paid"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"user_id": None}, "malformed"),
+        ({"merchant_id": "another"}, "wrong_merchant"),
+        ({"cvv": "123"}, "sensitive_data"),
+        ({"pricing_snapshot": {"country": "AM", "amount": "9" * 16, "currency": "AMD"}}, "limit_exceeded"),
+    ],
+)
+async def test_an_order_that_could_not_be_read_whole_is_listed_by_its_reference_until_it_is_applied(
+    shop: Shop, changes: dict[str, Any], code: str
+) -> None:
+    order = builders.purchase("buyer", f"pay-{code}")
+
+    async def listed() -> list[tuple[str, str]]:
+        items = await shop.api.walk("/purchases", needs_attention="true", external_ref=order["external_ref"])
+        return [(item["status"], item["error"]["code"]) for item in items]
+
+    await shop.clerk.send("Purchase.Settled", order | changes)
+    assert await listed() == [("refused", code)]
+    await shop.clerk.send("Purchase.Settled", order)
+    assert await listed() == []
+
+
+async def test_what_may_be_a_card_number_is_not_listed_as_a_reference(shop: Shop) -> None:
+    for changes in ({}, {"user_id": None}):
+        await shop.clerk.send("Purchase.Settled", builders.purchase("buyer", "4242424242424242") | changes)
+    found = await shop.api.walk("/purchases", needs_attention="true")
+    assert "4242424242424242" not in json.dumps(found)
 
 
 async def test_a_stored_result_can_be_read_and_a_parked_command_says_what_it_waits_for(shop: Shop) -> None:
