@@ -400,9 +400,13 @@ async def test_the_export_holds_everything_about_a_user_and_adds_up(shop: Shop) 
 
 async def test_an_erased_user_is_gone_by_name_and_found_without_personal_data_by_the_tombstone(shop: Shop) -> None:
     await shop.clerk.send("Purchase.Settled", builders.purchase("eve", "pay-e", buyer={"name": "Eve Adams"}))
+    await shop.clerk.send("Operation.Open", {"user_id": "eve", "operation_id": "op-e", "operation_code": "chat"})
     erased = await shop.clerk.send("User.Erase", {"request_id": "erase-eve", "user_id": "eve", **ADMIN})
 
     assert await shop.api.problem("/users/eve/balance") == (410, "account_erased")
+    for what in ("/purchases", "/operations"):
+        assert await shop.api.walk(what, user_id="eve") == [], what
+        assert len(await shop.api.walk(what, user_id=erased["user_id"])) == 1, what
     told = await shop.api.get(f"/users/{erased['user_id']}/export")
     assert (told["user_id"], told["balance"]["balance"]) == (erased["user_id"], 100)
     text = json.dumps(told)

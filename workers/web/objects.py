@@ -1,7 +1,7 @@
 """Answers about a merchant's objects: catalogue, documents, operations, purchases, results of commands."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from workers.web.access import READERS
 from workers.web.calls import Call, Shown
 from workers.web.problems import problem
 
+NOBODY = -1
+"""An account id that no account has."""
 Renderer = Callable[[Call, Shown], Awaitable[bytes]]
 
 
@@ -27,6 +29,19 @@ def own_account(call: Call) -> int | None:
         return None
     assert call.subject is not None
     return account_id_of(call.subject, call.merchant.secret)
+
+
+async def _with_account(call: Call) -> dict[str, Any]:
+    """Return the filters with the account of the user they name; an erased one is found by the tombstone alone."""
+    filters = dict(call.query)
+    if "user_id" in filters:
+        account_id = account_id_of(filters["user_id"], call.merchant.secret)
+        account = await ledger.queries.find_account(call.connection, account_id, filters["user_id"])
+        # Refused operations may be of somebody without an account.
+        filters["account_id"] = account_id if account is None else account.account_id
+        if account is not None and account.user_id != filters["user_id"]:
+            filters["account_id"] = NOBODY
+    return filters
 
 
 # Catalogue
@@ -102,9 +117,7 @@ RENDERERS: dict[str, Renderer] = {
 
 
 async def operations(call: Call) -> list[Shown]:
-    filters = dict(call.query)
-    if "user_id" in filters:
-        filters["account_id"] = account_id_of(filters["user_id"], call.merchant.secret)
+    filters = await _with_account(call)
     found = await ledger.queries.operations(
         call.connection, after=_time_and_id(call.after), limit=call.limit + 1, filters=filters
     )
@@ -141,9 +154,7 @@ async def operation_metrics(call: Call) -> list[Shown]:
 async def purchases(call: Call) -> list[Shown]:
     if call.query.get("needs_attention"):
         return await _purchases_needing_attention(call)
-    filters: Mapping[str, Any] = call.query
-    if "user_id" in filters:
-        filters = {**filters, "account_id": account_id_of(filters["user_id"], call.merchant.secret)}
+    filters = await _with_account(call)
     found = await ledger.queries.purchases(
         call.connection, after=_time_and_id(call.after), limit=call.limit + 1, filters=filters
     )
