@@ -350,6 +350,8 @@ def export_receipts(
     """Write a period's documents as CSV and JSON Lines, with totals per rate; days are the merchant's."""
     from console.receipts import UnknownMerchantError, export
 
+    if last < first:
+        raise typer.BadParameter("the last day is before the first", param_hint="--to")
     folder = out or Path(f"receipts-{merchant}-{first:%Y-%m-%d}-{last:%Y-%m-%d}")
     try:
         summary = asyncio.run(export(control_url(), merchant, first.date(), last.date(), folder))

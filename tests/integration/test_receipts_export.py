@@ -210,6 +210,9 @@ def test_the_command_writes_the_files_and_says_the_sums(
         *("documents.jsonl", "documents.csv", "totals.csv", "summary.json")
     }
     assert CliRunner().invoke(main.app, ["receipts", "export", "nobody", *days]).exit_code == 2
+    wrong = ["--from", "2026-12-31", "--to", "2026-01-01", "--out", str(tmp_path / "wrong")]
+    assert CliRunner().invoke(main.app, ["receipts", "export", MERCHANT, *wrong]).exit_code == 2
+    assert not (tmp_path / "wrong").exists(), "an empty export looks like a period without sales"
 
 
 # The same documents over HTTP
