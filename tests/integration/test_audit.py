@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from types import SimpleNamespace
 from typing import Any
 
 import pytest_asyncio
@@ -28,6 +27,7 @@ from tests.core import admin, as_record, closing, config, opening, operation_typ
 from tests.services import Services
 from workers import inbox
 from workers.audit import Report, audit, verify
+from workers.positions import Position
 from workers.transaction import Batch, Context, Plan, StaleContextError
 
 MUTATIONS = int(os.environ.get("CREDITS_AUDIT_MUTATIONS", "200"))
@@ -62,9 +62,7 @@ class Books:
             decoded.append(item)
         wanted: dict[int, int] = {}
         while True:
-            rows = {TopicPartition(r.topic, 0): SimpleNamespace(applied_next=0, published_next=0) for r in channels}
-            for row in rows.values():
-                row.owner, row.generation = "worker", 1
+            rows = {TopicPartition(r.topic, 0): Position("worker", 1, 0, 0) for r in channels}
             try:
                 async with self.writer.begin() as connection:
                     batch = Batch(connection, self.context, wanted)
