@@ -221,7 +221,7 @@ class LaneOptions:
     """
 
     batch_max: int = 2000
-    linger: float = 0.02
+    linger: float = 0.01
 
     @property
     def high(self) -> int:

@@ -29,7 +29,7 @@ class WorkerSettings:
     session_timeout: int = 10
     rebalance_timeout: int = 30
     batch_max: int = 2000
-    linger_ms: int = 20
+    linger_ms: int = 10
     # So many merchants are worked for at once by one process; others wait for their turn.
     concurrency: int = 4
     fetch_max_bytes: int = 1 << 20
