@@ -88,6 +88,7 @@ class Ground:
             "CREDITS_MERCHANTS": ",".join(merchants),
             "CREDITS_BATCH_MAX": str(self.batch_max),
             "CREDITS_LOG_LEVEL": "WARNING",
+            "CREDITS_WEB_RATE": "0",
             **(environment or {}),
         }
         try:

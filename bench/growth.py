@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import aiohttp
 import asyncpg
 from rich.console import Console
 
@@ -13,8 +12,8 @@ from bench.figures import percentile
 from bench.ground import Ground
 from bench.history import Writer
 from bench.limits import secret_of
+from bench.queries import QUERIES, calling
 from bench.scenarios import GROWTH, MANY_LOTS, ONE_LOT, Scenario
-from console.local import prepare as make_token
 from workers.audit import verify
 
 SHARES = (0, 0.1, 0.3, 0.6, 1)
@@ -34,8 +33,7 @@ async def measure(ground: Ground, entries: int, say: Say, console: Console) -> d
     points: list[Point] = []
     merchant = service.merchants_of(GROWTH)[0]
     written = 0
-    async with ground.serving([merchant], {"CREDITS_WEB_RATE": "0"}):
-        token = await make_token(ground.stack.endpoints)
+    async with ground.serving([merchant]):
         await ground.register([merchant], GROWTH.partitions)
         await service.prepare(ground, GROWTH, [merchant])
         secret = await secret_of(ground, merchant)
@@ -51,7 +49,7 @@ async def measure(ground: Ground, entries: int, say: Say, console: Console) -> d
             written += missing
             seconds = time.monotonic() - began
             await _settle_down(ground, merchant)
-            point = await _point(ground, merchant, token, written, f"g{len(points)}", say)
+            point = await _point(ground, merchant, written, f"g{len(points)}", say)
             points.append(point | {"written_per_second": round(missing / seconds) if missing else None})
             console.print(point, highlight=False)
     audited = await _audit(ground, merchant, say)
@@ -77,13 +75,13 @@ async def _settle_down(ground: Ground, merchant: str) -> None:
     await connection.close()
 
 
-async def _point(ground: Ground, merchant: str, token: str, entries: int, run: str, say: Say) -> Point:
+async def _point(ground: Ground, merchant: str, entries: int, run: str, say: Say) -> Point:
     served = service.Served(GROWTH.commands)
     for number in range(DRAINS):
         say(f"draining at {entries:,} entries, {number + 1} of {DRAINS}")
         await service.drain(ground, GROWTH, [merchant], served, f"{run}d{number}")
     say(f"asking at {entries:,} entries")
-    asked = await _queries(ground, merchant, token)
+    asked = await _queries(ground, merchant)
     return {
         "entries": entries,
         "commands_per_second": round(served.commands_per_second),
@@ -94,23 +92,15 @@ async def _point(ground: Ground, merchant: str, token: str, entries: int, run: s
     }
 
 
-async def _queries(ground: Ground, merchant: str, token: str) -> dict[str, float]:
+async def _queries(ground: Ground, merchant: str) -> dict[str, float]:
     """Ask for the heavy user and for others in turn; return p99 and p50 of each query in milliseconds."""
-    worker = next(line.address for line in ground.stack.status() if line.name == "worker-1")
     users = [HEAVY_USER, *(f"user-{number}" for number in range(1, 50))]
     told: dict[str, float] = {}
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
-        for name, query in (("balance", "balance"), ("ledger", "ledger?limit=50"), ("lots", "lots?limit=50")):
-            took = []
-            for number in range(REQUESTS):
-                # Every other question is about the user with the long history.
-                user = users[0] if number % 2 else users[number % len(users)]
-                url = f"{worker}/v1/merchants/{merchant}/users/{user}/{query}"
-                began = time.perf_counter()
-                async with session.get(url) as response:
-                    await response.read()
-                    response.raise_for_status()
-                took.append(1000 * (time.perf_counter() - began))
+    async with calling(ground) as caller:
+        for name, query in QUERIES.items():
+            # Every other question is about the user with the long history.
+            asked = [users[0] if number % 2 else users[number % len(users)] for number in range(REQUESTS)]
+            took = [await caller.ask(merchant, user, query) for user in asked]
             told[f"{name}_p50_ms"] = round(percentile(took, 50), 1)
             told[f"{name}_p99_ms"] = round(percentile(took, 99), 1)
     return told

@@ -31,6 +31,7 @@ def line(served: Served, plain: float | None, plain_parallel: float | None, limi
         "commands_per_second_min": round(min(served.rates)),
         "p50_ms": served.p50_ms,
         "p99_ms": served.p99_ms,
+        "query_p99_ms": served.query_p99_ms,
         "at_commands_per_second": round(served.at_rate),
         "generator_late_seconds": round(served.late_seconds, 1),
         "ratio_to_baseline": ratio(speed, plain),
@@ -78,6 +79,7 @@ def table(lines: dict[str, Line]) -> Table:
         "commands/s",
         "p50 ms",
         "p99 ms",
+        "query p99 ms",
         "× plain",
         "× plain in 4 tasks",
         "of PostgreSQL",
@@ -92,6 +94,7 @@ def table(lines: dict[str, Line]) -> Table:
             f"{one['commands_per_second']:,}",
             f"{one['p50_ms']:.0f}",
             f"{one['p99_ms']:.0f}",
+            f"{one['query_p99_ms']:.0f}",
             _times(one["ratio_to_baseline"]),
             _times(one["ratio_to_parallel_baseline"]),
             "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
@@ -222,6 +225,7 @@ def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
             f"{one['commands_per_second']:,}",
             f"{one['p50_ms']:.0f}",
             f"{one['p99_ms']:.0f}",
+            f"{one['query_p99_ms']:.0f}",
             _times(one["ratio_to_baseline"]),
             _times(one["ratio_to_parallel_baseline"]),
             "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
@@ -229,7 +233,17 @@ def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
         )
         for name, one in lines.items()
     ]
-    heads = ("", "commands/s", "p50 ms", "p99 ms", "× plain", "× plain in 4 tasks", "of PostgreSQL", "CPU µs each")
+    heads = (
+        "",
+        "commands/s",
+        "p50 ms",
+        "p99 ms",
+        "query p99 ms",
+        "× plain",
+        "× plain in 4 tasks",
+        "of PostgreSQL",
+        "CPU µs each",
+    )
     busy = max(one["cores"].get("others", 0) for one in lines.values())
     noise = f"Other programs used up to {busy:.2f} cores during the drains."
     if idle is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from bench.figures import check, latencies, median, percentile, rate
 from bench.ground import Ground, Offsets, results_topics
 from bench.machine import Processors, memory_mib
+from bench.queries import asking
 from bench.scenarios import Scenario
 from console.processes import StackError
 from schemas.topics import input_topic, receipts_topic
@@ -14,6 +15,7 @@ from schemas.topics import input_topic, receipts_topic
 SETUP_SECONDS_MAX = 180
 # A drain that is slower than this is no measurement any more.
 COMMANDS_A_SECOND_MIN = 300
+USERS_ASKED_FOR = 50
 
 Say = Callable[[str], None]
 
@@ -46,6 +48,7 @@ class Served:
         cpu_us: processor time that each part spent on one command of the last drain, in microseconds.
         memory_mib: of all workers after the last drain.
         p50_ms, p99_ms, at_rate: from produce to result, at a rate of so many commands a second.
+        query_p99_ms: of queries over HTTP at that time.
         late_seconds: by which the generator missed that rate; then the machine was too busy to tell a latency.
     """
 
@@ -56,6 +59,7 @@ class Served:
     memory_mib: int = 0
     p50_ms: float = 0
     p99_ms: float = 0
+    query_p99_ms: float = 0
     at_rate: float = 0
     late_seconds: float = 0
 
@@ -146,7 +150,9 @@ async def _steady(ground: Ground, scenario: Scenario, merchants: Sequence[str], 
     inputs = [input_topic(merchant, channel) for merchant in merchants]
     before = await ground.ends(inputs, scenario.partitions)
     starts = await ground.ends(results_topics(merchants), scenario.partitions)
-    took = await ground.generate(scenario, merchants, count, "steady", served.at_rate)
+    async with asking(ground, merchants[0], min(scenario.users_each, USERS_ASKED_FOR)) as queries:
+        took = await ground.generate(scenario, merchants, count, "steady", served.at_rate)
+    served.query_p99_ms = round(percentile(queries, 99), 1)
     served.late_seconds = max(0.0, took - seconds)
     ends = await ground.wait(starts, count, SETUP_SECONDS_MAX)
     answers = await ground.answers(starts, ends)
