@@ -391,11 +391,24 @@ async def test_the_export_holds_everything_about_a_user_and_adds_up(shop: Shop) 
     assert told["balance"]["balance"] == sum(entry["amount"] for entry in told["entries"])
     assert {o["operation_id"] for o in told["operations"]} == {"op-1", "op-x"}
     assert [p["external_ref"] for p in told["purchases"]] == ["pay-1"]
-    assert {c["command_type"] for c in told["commands"]} == {
+    assert {c["command_type"] for c in told["commands"] if c["outcome"] == "applied"} == {
         "User.SignedUp",
         "Purchase.Settled",
         "Operation.RecordAndClose",
     }
+
+
+async def test_the_export_holds_commands_that_moved_nothing(shop: Shop) -> None:
+    refused = builders.purchase("ada", "pay-ada") | {"product_code": "nothing"}
+    await shop.clerk.send("Account.Lock", {"user_id": "ada", **ADMIN})
+    await shop.clerk.send("Purchase.Settled", refused)
+
+    told = await shop.api.get("/users/ada/export")
+
+    assert [(c["command_type"], c["outcome"]) for c in told["commands"]] == [
+        ("Account.Lock", "applied"),
+        ("Purchase.Settled", "rejected"),
+    ]
 
 
 async def test_an_erased_user_is_gone_by_name_and_found_without_personal_data_by_the_tombstone(shop: Shop) -> None:

@@ -136,7 +136,7 @@ async def export(call: Call) -> Shown:
         "operations": await ledger.queries.operations(connection, after=None, limit=EVERYTHING, filters=own),
         "purchases": await ledger.queries.purchases(connection, after=None, limit=EVERYTHING, filters=own),
         "documents": issued,
-        "commands": await queries.results_of(connection, [entry.command for entry in history]),
+        "commands": await queries.results_of(connection, account.account_id, [entry.command for entry in history]),
         "parked_commands": await queries.parked_of(connection, account.account_id),
         "as_of": cut.as_object(),
     }

@@ -307,6 +307,9 @@ CREATE TABLE inbox (
     released bytea
 );
 CREATE UNIQUE INDEX inbox_business_key ON inbox (business_key) WHERE business_key IS NOT NULL;
+-- For the export of a user: what neither an entry nor an operation tells of. Hardly any command is in it.
+CREATE INDEX inbox_account ON inbox (account_id)
+    WHERE outcome <> 'applied' OR type NOT IN ('Operation.Open', 'Operation.RecordAndClose', 'Purchase.Settled');
 
 CREATE TABLE parked (
     identity bytea PRIMARY KEY,
