@@ -228,22 +228,12 @@ class Pipeline:
         try:
             applied = await self._apply(desk, records, lease, condemned)
         except PoisonError as poison:
-            if poison.position in condemned:
-                raise
-            if poison.position not in desk.suspects:
-                # A race that nobody thought of does not repeat; a defect does.
-                desk.suspects.add(poison.position)
-                log.exception("a command is tried again", merchant=desk.merchant.merchant_id, position=poison.position)
-                return await self._apply_all(desk, records, lease, condemned)
-            log.exception("a command cannot be decided", merchant=desk.merchant.merchant_id, position=poison.position)
-            return await self._apply_all(desk, records, lease, condemned | {poison.position})
-        except DefectError:
-            place = (records[0].topic, records[0].partition, records[0].offset)
-            if len(records) == 1 and place in condemned:
-                raise
+            return await self._without(poison.position, poison, desk, records, lease, condemned)
+        except DefectError as defect:
             log.exception("a batch cannot be applied", merchant=desk.merchant.merchant_id, records=len(records))
             if len(records) == 1:
-                return await self._apply_all(desk, records, lease, condemned | {place})
+                place = (records[0].topic, records[0].partition, records[0].offset)
+                return await self._without(place, defect, desk, records, lease, condemned)
             middle = len(records) // 2
             before = await self._apply_all(desk, records[:middle], lease, condemned)
             if not before or before[-1].seek or not lease.alive():
@@ -253,6 +243,26 @@ class Pipeline:
             return []
         desk.publishing = asyncio.create_task(self._publish(desk, applied, lease), name="publish")
         return [applied]
+
+    async def _without(
+        self,
+        place: Position,
+        error: Exception,
+        desk: Desk,
+        records: Sequence[Record],
+        lease: Lease,
+        condemned: frozenset[Position],
+    ) -> list[Applied]:
+        """Apply records again after a defect: with the command at fault once more, then without it."""
+        if place in condemned:
+            raise error
+        if place in desk.suspects:
+            log.exception("a command cannot be decided", merchant=desk.merchant.merchant_id, position=place)
+            return await self._apply_all(desk, records, lease, condemned | {place})
+        # A race that nobody thought of does not repeat; a defect does.
+        desk.suspects.add(place)
+        log.exception("a command is tried again", merchant=desk.merchant.merchant_id, position=place)
+        return await self._apply_all(desk, records, lease, condemned)
 
     async def _apply(
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
