@@ -15,7 +15,7 @@ from aiohttp import web
 from merchants import tokens
 from merchants.databases import CONTROL_SETTINGS, READER_SETTINGS, Pools, create_engine, engine_url
 from merchants.schema import migrate
-from tests.browser import browse, find_chromium
+from tests.browser import Page, browse, find_chromium
 from tests.integration.shop import Shop, open_shop
 from tests.integration.test_restore import purchase
 from tests.services import Services
@@ -25,6 +25,9 @@ from workers.operator import OperatorPage
 from workers.web import WebSettings
 from workers.web.server import Server
 
+CUT_OFF = """
+    [...document.querySelectorAll('.scroll, article')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)
+"""
 needs_browser = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed here")
 
 
@@ -80,6 +83,15 @@ async def serve(shop: Shop) -> AsyncIterator[str]:
         await service.control_engine.dispose()
 
 
+async def enter(page: Page, url: str) -> None:
+    """Sign in and look at the only merchant."""
+    await page.open(f"{url}/operator")
+    await page.type("#token", "root of the tests")
+    await page.click("#enter button")
+    await page.until("document.querySelectorAll('#merchants tbody tr').length === 1")
+    await page.click("#merchants button")
+
+
 @needs_browser
 async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(shop: Shop, tmp_path: Path) -> None:
     async with serve(shop) as url, browse(str(find_chromium())) as page:
@@ -89,11 +101,7 @@ async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(
         await page.click("#enter button")
         assert "No valid credentials" in await page.until("document.querySelector('#refused').innerText")
         page.errors.clear()
-        await page.type("#token", "root of the tests")
-        await page.click("#enter button")
-        await page.until("document.querySelectorAll('#merchants tbody tr').length === 1")
-
-        await page.click("#merchants button")
+        await enter(page, url)
         await page.until("document.querySelector('#attention td')")
         assert "<img src=x" in await page.text("#attention")
         assert "unknown_product" in await page.text("#attention")
@@ -106,6 +114,7 @@ async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(
         assert "100" in await page.text("#account .figures")
         assert "op-1" in await page.text("#account")
         await page.until("document.querySelector('#rate path')")
+        assert await page.run(CUT_OFF) == []
         await page.screenshot(tmp_path / "board.png")
         await page.click("#account table:last-of-type button")
         await page.until("document.querySelector('#explain').open")
@@ -116,6 +125,22 @@ async def test_an_operator_sees_merchants_purchases_dead_letters_and_an_account(
         await page.run("document.querySelector('#explain').close()")
         await page.click("#leave")
         assert await page.run("sessionStorage.length") == 0
+
+
+@needs_browser
+async def test_of_a_long_history_the_newest_entries_are_shown(shop: Shop) -> None:
+    admin = {"actor": "ops", "justification": "x", "user_id": "bea", "credits_delta": 1, "access_period_days": 5}
+    for number in range(205):
+        shop.send("Adjustment.Apply", adjustment_id=f"a{number}", **admin)
+    async with serve(shop) as url, browse(str(find_chromium())) as page:
+        await shop.work()
+        await enter(page, url)
+        await page.type("#user", "bea")
+        await page.click("#find button")
+        await page.until("document.querySelectorAll('#account table:last-of-type tbody tr').length === 20")
+
+        assert "Ledger, the newest 20 of 205 entries" in await page.text("#account")
+        assert (await page.text("#account table:last-of-type tbody tr")).startswith("205")
 
 
 @needs_browser

@@ -2,6 +2,7 @@
 
 const KEY = "credits-token";
 const SECONDS = 3;
+const LIST_MAX = 200;
 const $ = (id) => document.getElementById(id);
 const state = { merchant: null, timer: null };
 
@@ -13,6 +14,7 @@ function element(name, text, attributes = {}) {
 }
 
 const number = (value) => Number(value).toLocaleString("en");
+const counted = (value, what) => `${number(value)} ${what}${value === 1 ? "" : "s"}`;
 const minute = (text) => (text ? text.slice(5, 16).replace("T", " ") : "");
 const moment = (text) => (text ? text.slice(0, 19).replace("T", " ") : "");
 
@@ -82,6 +84,7 @@ function draw(id, points, member) {
   const last = values.length ? values[values.length - 1] : 0;
   $(`${id}-now`).textContent = member === "rate" ? `${number(Math.round(last))} / s` : number(last);
   $(`${id}-from`).textContent = points.length ? ago(points[0].at) : "";
+  $(`${id}-top`).textContent = values.length ? `at most ${number(Math.round(Math.max(...values)))}` : "";
   if (values.length < 2) return;
   const [top, from, until] = [Math.max(...values, 1) * 1.1, points[0].at, points[points.length - 1].at];
   const place = (point) => `${(((point.at - from) / (until - from)) * 600).toFixed(1)} ${(120 - (point[member] / top) * 116).toFixed(1)}`;
@@ -108,8 +111,7 @@ async function refresh() {
   const points = series(seen.history);
   draw("rate", points, "rate");
   draw("lag", points, "lag");
-  const workers = seen.workers.length;
-  $("summary").textContent = `${workers} ${workers === 1 ? "worker" : "workers"} · ${seen.merchants.length} merchants · control lag ${number(seen.control_lag)}`;
+  $("summary").textContent = `${counted(seen.workers.length, "worker")} · ${counted(seen.merchants.length, "merchant")} · control lag ${number(seen.control_lag)} · times are UTC`;
   fill($("merchants"), seen.merchants, [
     ["merchant", (m) => choose(m)],
     ["state", (m) => stateOf(m)],
@@ -157,7 +159,7 @@ async function open(name) {
   ], "Every paid order was settled."));
   $("letters").replaceChildren(table(letters.items, [
     ["place", (l) => `${l.topic}/${l.partition}/${l.offset}`],
-    ["code", (l) => l.code],
+    ["code", (l) => element("span", l.code, { title: l.message })],
     ["noted", (l) => minute(l.noted_at)],
   ], "None."));
   await refresh();
@@ -187,6 +189,7 @@ async function account(user) {
     figure.append(element("dt", title), element("dd", number(value), value < 0 ? { class: "bad" } : {}));
     figures.append(figure);
   }
+  const title = entries.length < balance.as_of.user_seq ? `Ledger, the newest ${entries.length} of ${number(balance.as_of.user_seq)} entries` : "Ledger, newest first";
   const notes = [];
   if (balance.locked) notes.push(element("p", "The account is locked: no operation can be opened.", { class: "warn" }));
   if (balance.open_operation) notes.push(element("p", `Operation ${balance.open_operation.operation_id} is open until ${moment(balance.open_operation.expires_at)}.`));
@@ -194,7 +197,7 @@ async function account(user) {
     ["lot", (l) => l.lot_id], ["reason", (l) => l.reason], ["product", (l) => l.product_code || ""],
     ["credits", (l) => number(l.credits), "number"], ["left", (l) => number(l.remaining), "number"],
     ["issued", (l) => moment(l.issued_at)], ["expires", (l) => moment(l.expires_at)], ["state", (l) => l.state],
-  ], "No lots."), element("h3", "Ledger, newest first"), table(entries, [
+  ], "No lots."), element("h3", title), table(entries, [
     ["seq", (e) => number(e.user_seq), "number"], ["when", (e) => moment(e.created_at)], ["reason", (e) => e.reason],
     ["what", (e) => `${e.resource_amount} ${e.resource_unit}`, "number"], ["operation", (e) => e.operation_id || e.operation_type],
     ["amount", (e) => element("span", number(e.amount), { class: e.amount < 0 ? "bad" : "good" }), "number"],
@@ -203,15 +206,9 @@ async function account(user) {
 }
 
 async function newest(base, seq) {
-  // The history is listed from its beginning; the last hundred entries are wanted.
-  const found = [];
-  let cursor = "";
-  do {
-    const page = await ask(`${base}/ledger?limit=200${cursor}`);
-    found.push(...page.items);
-    cursor = page.next_cursor ? `&cursor=${encodeURIComponent(page.next_cursor)}` : "";
-  } while (cursor && found.length < Math.min(seq, 5000));
-  return found.slice(-100).reverse();
+  // The history is listed from its beginning: a long one is shown by the newest entries of the overview.
+  if (seq <= LIST_MAX) return (await ask(`${base}/ledger?limit=${LIST_MAX}`)).items.reverse();
+  return (await ask(`${base}/overview`)).latest_entries;
 }
 
 function why(base, entry) {
