@@ -79,10 +79,13 @@ class Tally:
 
 @dataclass
 class Sample:
-    """What a merchant's database said of itself when it was last asked, and when that was."""
+    """What a merchant's database said of itself when it last answered, and when that was.
+
+    Without gauges it never did, and ``at`` is when it was first asked.
+    """
 
     at: float
-    gauges: dict[str, float]
+    gauges: dict[str, float] | None = None
 
 
 class Metrics(Collector):
@@ -209,12 +212,19 @@ class Metrics(Collector):
         yield from self._sampled()
 
     def _counters(self) -> Iterator[Metric]:
+        # A counter that begins at 1 has not increased as far as Prometheus knows, and this one is a page.
+        undecidable = {(name or CONTROL, str(Code.INTERNAL_ERROR)): 0 for name in list(self._state().assigned)}
         for name, text, labels, counts in (
             ("credits_commands", "Commands decided", ("merchant", "type", "outcome"), self._commands),
             ("credits_refusals", "Commands refused, by code", ("merchant", "type", "code"), self._refusals),
             ("credits_replays", "Deliveries answered from what is stored", ("merchant", "layer"), self._replays),
             ("credits_conflicts", "Known identities or keys with other content", ("merchant", "type"), self._conflicts),
-            ("credits_dead_letters", "Messages that need a person", ("merchant", "code"), self._letters),
+            (
+                "credits_dead_letters",
+                "Messages that need a person",
+                ("merchant", "code"),
+                {**undecidable, **self._letters},
+            ),
             ("credits_documents", "Receipts, credit notes and corrections", ("merchant", "kind"), self._documents),
             ("credits_invariant_violations", "Must be 0: run credits verify", ("merchant", "check"), self.violations),
         ):
@@ -262,7 +272,8 @@ class Metrics(Collector):
         for name, text in _GAUGES.items():
             family = GaugeMetricFamily(f"credits_{name}", text, labels=("merchant",))
             for merchant, sample in samples:
-                family.add_metric((merchant,), sample.gauges[name])
+                if sample.gauges is not None:
+                    family.add_metric((merchant,), sample.gauges[name])
             yield family
         age = GaugeMetricFamily("credits_sample_age_seconds", "Age of the gauges of a database", labels=("merchant",))
         for merchant, sample in samples:
@@ -394,6 +405,7 @@ class Sampler:
         for name in self.metrics.samples.keys() - mine:
             del self.metrics.samples[name]
         for name in sorted(mine & self.merchants.keys()):
+            self.metrics.samples.setdefault(name, Sample(time.monotonic()))
             try:
                 await self._look(self.merchants[name])
             except (SQLAlchemyError, OSError, TimeoutError) as error:

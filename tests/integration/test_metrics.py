@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,3 +145,22 @@ async def test_a_merchants_database_is_sampled_and_a_broken_account_is_noticed(s
     await sampler.run_once()
     assert ("credits_open_operations", labels(name)) not in read(metrics)
     await readers.close()
+
+
+async def test_a_database_that_never_answered_has_an_age(shop: Shop, metrics: Metrics) -> None:
+    name = shop.merchant.merchant_id
+    gone = replace(shop.merchant, database_url=shop.merchant.database_url + "_gone")
+    readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
+    sampler = Sampler(metrics, readers, {name: gone}, lambda: assigned(shop))
+    await sampler.run_once()
+    first = read(metrics)["credits_sample_age_seconds", labels(name)]
+    await sampler.run_once()
+
+    assert sampler.errors == 2
+    assert read(metrics)["credits_sample_age_seconds", labels(name)] > first
+    assert ("credits_open_operations", labels(name)) not in read(metrics)
+    await readers.close()
+
+
+def test_the_first_undecidable_command_is_an_increase(shop: Shop, metrics: Metrics) -> None:
+    assert read(metrics)["credits_dead_letters_total", labels(shop.merchant.merchant_id, "internal_error")] == 0
