@@ -20,7 +20,7 @@ PARALLEL = 4
 
 
 class UnknownSchemaError(Exception):
-    """A database is at a revision that this version of the service does not know."""
+    """A database is at a revision that this version of the service cannot work on."""
 
 
 def on_database(control_url: str, database: str) -> str:
@@ -132,26 +132,32 @@ async def merchant_ids(control_url: str) -> list[str]:
 
 
 async def check(control_url: str) -> None:
-    """Raise UnknownSchemaError unless the control database is at the revision this version was made for."""
-    engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
-    try:
-        async with engine.connect() as connection:
-            rows = await fetch(connection, "SELECT version_num FROM alembic_version")
-    finally:
-        await engine.dispose()
-    expected, found = runner.head("control"), rows[0][0] if rows else None
-    if found != expected:
-        raise UnknownSchemaError(f"the control database is at {found}, this version needs {expected}: run migrate")
+    """Raise UnknownSchemaError unless control database and template are at the revisions this version was made for.
+
+    The template stands for all merchants' databases: a migration begins with it.
+    """
+    control = make_url(control_url).database
+    assert control is not None
+    for database, lineage in ((control, "control"), (TEMPLATE_DATABASE, "merchant")):
+        found, known = await runner.current(on_database(control_url, database)), runner.revisions(lineage)
+        if found != known[0]:
+            advice = "run credits migrate" if found in (None, *known) else "a newer version has migrated it, run that"
+            raise UnknownSchemaError(f"the database {database} is at {found}, this version needs {known[0]}: {advice}")
 
 
 async def check_merchant(connection: AsyncConnection) -> None:
-    """Raise UnknownSchemaError unless a merchant's database is at the revision this version was made for."""
+    """Raise UnknownSchemaError if a merchant's database is behind this version.
+
+    One that is ahead was migrated while this worker ran, and those migrations only add: it is worked for, so that
+    nobody waits while workers are replaced one after the other.
+    """
     rows = await fetch(connection, "SELECT version_num FROM alembic_version")
-    expected, found = merchant_head(), rows[0][0] if rows else None
-    if found != expected:
-        raise UnknownSchemaError(f"the merchant's database is at {found}, this version needs {expected}: run migrate")
+    newest, *older = merchant_revisions()
+    found = rows[0][0] if rows else None
+    if found in (None, *older):
+        raise UnknownSchemaError(f"the database is at {found}, this version needs {newest}: run credits migrate")
 
 
 @cache
-def merchant_head() -> str:
-    return runner.head("merchant")
+def merchant_revisions() -> list[str]:
+    return runner.revisions("merchant")

@@ -25,11 +25,14 @@ def lineage(name: str) -> Config:
     return config
 
 
+def revisions(name: str) -> list[str]:
+    """Return all revisions of a lineage, the newest first."""
+    return [script.revision for script in ScriptDirectory.from_config(lineage(name)).walk_revisions()]
+
+
 def head(name: str) -> str:
     """Return the newest revision of a lineage."""
-    revision = ScriptDirectory.from_config(lineage(name)).get_current_head()
-    assert revision is not None
-    return revision
+    return revisions(name)[0]
 
 
 async def upgrade(url: str, name: str) -> None:

@@ -25,7 +25,7 @@ import workers.positions
 from merchants import schema
 from merchants.databases import engine_url
 from merchants.registry import TEMPLATE_DATABASE
-from merchants.schema import MigrationError, UnknownSchemaError, check, migrate, on_database, versions
+from merchants.schema import MigrationError, UnknownSchemaError, check, check_merchant, migrate, on_database, versions
 from migrations import runner
 from tests import builders
 from tests.services import Services
@@ -167,13 +167,39 @@ async def test_many_databases_are_brought_forward_at_once(control_url: str) -> N
     assert migrated_now <= set(seen)
 
 
-async def test_a_worker_refuses_a_control_database_it_does_not_know(control_url: str) -> None:
+@pytest.mark.parametrize("lineage", ["control", "merchant"])
+async def test_a_worker_does_not_start_on_a_schema_of_another_version(control_url: str, lineage: str) -> None:
+    # The template is one a server: it is put right again for the other tests.
+    database = "" if lineage == "control" else TEMPLATE_DATABASE
     await migrate(control_url)
     await check(control_url)
-    await run(control_url, "", "UPDATE alembic_version SET version_num = '0000_older'")
+    newest = runner.head(lineage)
+    try:
+        await run(control_url, database, "UPDATE alembic_version SET version_num = '9999_newer'")
+        with pytest.raises(UnknownSchemaError, match=f"is at 9999_newer, this version needs {newest}: a newer version"):
+            await check(control_url)
+        await run(control_url, database, "DELETE FROM alembic_version")
+        with pytest.raises(UnknownSchemaError, match=f"is at None, this version needs {newest}: run credits migrate"):
+            await check(control_url)
+    finally:
+        await run(control_url, database, "DELETE FROM alembic_version")
+        await run(control_url, database, f"INSERT INTO alembic_version VALUES ('{newest}')")
 
-    with pytest.raises(UnknownSchemaError, match=r"is at 0000_older, this version needs .*: run migrate"):
-        await check(control_url)
+
+async def test_a_merchant_behind_is_waited_for_and_one_ahead_is_worked_for(control_url: str) -> None:
+    await migrate(control_url)
+    merchant = await builders.merchant(control_url, f"m{secrets.token_hex(4)}")
+    database = f"credits_m_{merchant.merchant_id}"
+    engine = create_async_engine(engine_url(on_database(control_url, database)), poolclass=NullPool)
+
+    async with engine.connect() as connection:
+        await check_merchant(connection)
+        await connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999_newer'")
+        await check_merchant(connection)
+        await connection.exec_driver_sql("DELETE FROM alembic_version")
+        with pytest.raises(UnknownSchemaError, match=r"is at None, this version needs .*: run credits migrate"):
+            await check_merchant(connection)
+    await engine.dispose()
 
 
 async def run(control_url: str, database: str, statement: str) -> Any:
