@@ -111,10 +111,13 @@ LOTS: Sequence[Check] = (
         f"""
         SELECT {_named("at_seq")}, format('entry %s, lot %s', entry_seq, lot_seq)
         FROM allocations a
-        LEFT JOIN (SELECT account_id, user_seq AS entry_seq, amount FROM entries) e USING (account_id, entry_seq)
+        LEFT JOIN (
+            SELECT account_id, user_seq AS entry_seq, amount, created_at AS debited_at FROM entries
+        ) e USING (account_id, entry_seq)
         LEFT JOIN (SELECT account_id, user_seq AS lot_seq, issued_at FROM lots) l USING (account_id, lot_seq)
-        LEFT JOIN (SELECT account_id, user_seq AS at_seq, created_at AS at FROM entries) c USING (account_id, at_seq)
-        WHERE (amount < 0 AND issued_at IS NOT NULL AND at_seq = greatest(entry_seq, lot_seq) AND at = a.created_at)
+        -- That a lot is issued when its entry is made is a check of its own.
+        WHERE (amount < 0 AND issued_at IS NOT NULL AND at_seq = greatest(entry_seq, lot_seq)
+               AND created_at = CASE WHEN at_seq = entry_seq THEN debited_at ELSE issued_at END)
             IS NOT TRUE
         """,
     ),
