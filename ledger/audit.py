@@ -244,13 +244,12 @@ HISTORY = """
 SELECT e.account_id, e.user_seq, e.amount, e.reason, e.operation_type, e.resource_amount, e.resource_unit,
     e.operation_id, e.workflow_id, e.note, e.command, e.created_at, e.effective_at, e.balance_after, e.debt_after,
     e.hash, l.credits, l.remaining, l.reason, l.product_code, l.purchase, l.issued_at, l.expires_at,
-    a.entry_seqs, a.lot_seqs, a.paid
+    a.paid
 FROM entries e
 LEFT JOIN lots l USING (account_id, user_seq)
 LEFT JOIN (
-    SELECT account_id, at_seq AS user_seq, array_agg(entry_seq ORDER BY entry_seq, lot_seq) AS entry_seqs,
-        array_agg(lot_seq ORDER BY entry_seq, lot_seq) AS lot_seqs,
-        array_agg(credits ORDER BY entry_seq, lot_seq) AS paid
+    SELECT account_id, at_seq AS user_seq,
+        array_agg(ARRAY[entry_seq, lot_seq, credits] ORDER BY entry_seq, lot_seq) AS paid
     FROM allocations GROUP BY 1, 2
 ) a USING (account_id, user_seq)
 ORDER BY e.account_id, e.user_seq
@@ -285,7 +284,7 @@ class Histories:
         self._balance += entry.amount
         if entry.balance_after != self._balance:
             self._note(self.balance, entry, f"says {entry.balance_after}, the sum is {self._balance}")
-        allocations = _allocations(entry, *row[_ENTRY + 7 :])
+        allocations = _allocations(entry, row[_ENTRY + 7])
         # A debit adds what no lot paid at once; a new lot takes away what it absorbed.
         self._debt += max(0, -entry.amount) - sum(allocation.credits for allocation in allocations)
         if entry.debt_after != self._debt:
@@ -306,13 +305,9 @@ def _lot(entry: Entry, values: Sequence[Any]) -> Lot | None:
     return None if values[0] is None else Lot(entry.account_id, entry.user_seq, *values)
 
 
-def _allocations(
-    entry: Entry, entry_seqs: Sequence[int] | None, lot_seqs: Sequence[int], paid: Sequence[int]
-) -> list[Allocation]:
-    if entry_seqs is None:
-        return []
+def _allocations(entry: Entry, paid: Sequence[Sequence[int]] | None) -> list[Allocation]:
     # Their own moment is not part of the chain; a check compares it with that of the entry.
     return [
         Allocation(entry.account_id, entry_seq, lot_seq, entry.user_seq, credits, entry.created_at)
-        for entry_seq, lot_seq, credits in zip(entry_seqs, lot_seqs, paid, strict=True)
+        for entry_seq, lot_seq, credits in paid or ()
     ]
