@@ -15,7 +15,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka import TopicPartition as TP
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 import merchants.registry
 from catalog.sql import fetch
@@ -40,6 +40,7 @@ class Letter:
     code: str
     message: str
     noted_at: datetime
+    # Or settled without being sent again.
     redriven_at: datetime | None
 
     @property
@@ -76,30 +77,49 @@ async def redrive(settings: WorkerSettings, merchant_id: str, places: Sequence[s
     Raises:
         StackError: a dead letter is not known, was redriven, or its message is gone from its topic.
     """
-    letters = [await _find(settings, merchant_id, place) for place in places]
-    if done := [letter.place for letter in letters if letter.redriven_at is not None]:
-        raise StackError(f"{', '.join(done)} was redriven already.")
+    letters = await _open(settings, merchant_id, places)
     records = [await _read(settings, letter) for letter in letters]
     again = [_again(letter, record) for letter, record in zip(letters, records, strict=True)]
     publisher = Publisher(settings.kafka_bootstrap_servers, settings.security_kwargs())
     await publisher.start()
     try:
         async with _database(settings, merchant_id) as engine, engine.begin() as connection:
-            sql = """
-            UPDATE dead_letters d SET redriven_at = clock_timestamp()
-            FROM unnest($1::text[], $2::integer[], $3::bigint[]) AS k (topic, partition, kafka_offset)
-            WHERE (d.topic, d.partition, d.kafka_offset) = (k.topic, k.partition, k.kafka_offset)
-                AND redriven_at IS NULL
-            """
-            columns = zip(*((letter.topic, letter.partition, letter.offset) for letter in letters), strict=True)
-            marked = await connection.exec_driver_sql(sql, tuple(map(list, columns)))
-            if marked.rowcount != len(letters):
-                raise StackError("Somebody else redrives the same dead letters.")
+            await _mark(connection, letters)
             # Before the commit: marked and not sent would be forgotten, sent twice is answered twice with one effect.
             await publisher.publish([message for message, _ in again])
     finally:
         await publisher.stop()
     return [new_id for _, new_id in again]
+
+
+async def settle(settings: WorkerSettings, merchant_id: str, places: Sequence[str]) -> None:
+    """Note that nobody has to look at dead letters any more, without sending anything.
+
+    Raises:
+        StackError: a dead letter is not known, or was redriven or settled.
+    """
+    letters = await _open(settings, merchant_id, places)
+    async with _database(settings, merchant_id) as engine, engine.begin() as connection:
+        await _mark(connection, letters)
+
+
+async def _open(settings: WorkerSettings, merchant_id: str, places: Sequence[str]) -> list[Letter]:
+    letters = [await _find(settings, merchant_id, place) for place in places]
+    if done := [letter.place for letter in letters if letter.redriven_at is not None]:
+        raise StackError(f"{', '.join(done)} was settled or redriven already.")
+    return letters
+
+
+async def _mark(connection: AsyncConnection, letters: Sequence[Letter]) -> None:
+    sql = """
+    UPDATE dead_letters d SET redriven_at = clock_timestamp()
+    FROM unnest($1::text[], $2::integer[], $3::bigint[]) AS k (topic, partition, kafka_offset)
+    WHERE (d.topic, d.partition, d.kafka_offset) = (k.topic, k.partition, k.kafka_offset) AND redriven_at IS NULL
+    """
+    columns = zip(*((letter.topic, letter.partition, letter.offset) for letter in letters), strict=True)
+    marked = await connection.exec_driver_sql(sql, tuple(map(list, columns)))
+    if marked.rowcount != len(letters):
+        raise StackError("Somebody else settles or redrives the same dead letters.")
 
 
 def _again(letter: Letter, record: ConsumerRecord[bytes | None, bytes | None]) -> tuple[OutMessage, str]:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Coroutine
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -183,7 +184,7 @@ _Merchant = Annotated[str, typer.Argument(help="The merchant's id.")]
 @letters_app.command("list")
 def list_dead_letters(
     merchant: _Merchant,
-    everything: Annotated[bool, typer.Option("--all", help="Also those that were redriven.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also those that were settled or redriven.")] = False,
 ) -> None:
     """List a merchant's dead letters."""
     from rich.table import Table
@@ -195,7 +196,7 @@ def list_dead_letters(
         letters = asyncio.run(list_letters(settings(), merchant, everything=everything))
     except StackError as error:
         _fail(error)
-    table = Table("place", "code", "noted", "redriven", "message", box=None, header_style="bold")
+    table = Table("place", "code", "noted", "settled", "message", box=None, header_style="bold")
     for letter in letters:
         noted, redriven = (f"{at:%Y-%m-%d %H:%M:%S}" if at else "" for at in (letter.noted_at, letter.redriven_at))
         table.add_row(letter.place, letter.code, noted, redriven, letter.message)
@@ -231,6 +232,22 @@ def redrive_dead_letters(
         _fail(error)
     for new_id in ids:
         console.print(f"sent as {new_id}", highlight=False, markup=False, soft_wrap=True)
+
+
+@letters_app.command("settle")
+def settle_dead_letters(
+    merchant: _Merchant,
+    places: Annotated[list[str], typer.Argument(help="topic/partition/offset, as `list` shows it.")],
+) -> None:
+    """Take dead letters off the list that need no redriving: the sender has sent a right message, or never will."""
+    from console.deadletters import settle
+    from console.processes import StackError
+
+    try:
+        asyncio.run(settle(settings(), merchant, places))
+    except StackError as error:
+        _fail(error)
+    console.print(f"{len(places)} settled")
 
 
 @app.command()
@@ -321,6 +338,24 @@ def advance_clock(
     from console.merchants import advance
 
     _show_result(advance(settings(), merchant, seconds))
+
+
+@app.command()
+def send(
+    merchant: Annotated[str, typer.Argument(help="The merchant's id.")],
+    command: Annotated[str, typer.Argument(help="Its type, such as User.Erase.")],
+    payload: Annotated[str, typer.Argument(help="Its members as a JSON object; `actor` is added if missing.")],
+) -> None:
+    """Send a command about a merchant and show its result."""
+    from console.merchants import command as call
+
+    try:
+        members = json.loads(payload, parse_float=Decimal)
+        if not isinstance(members, dict):
+            raise typer.BadParameter("not a JSON object", param_hint="PAYLOAD")
+        _show_result(call(settings(), merchant, command, members))
+    except ValueError as error:
+        _fail(error)
 
 
 def _show_result(call: "Coroutine[Any, Any, Result]") -> None:

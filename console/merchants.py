@@ -1,4 +1,4 @@
-"""``credits merchants`` and ``credits clock``: an operator's part, over the same topics as everybody."""
+"""``credits merchants``, ``clock`` and ``send``: an operator's part, over the same topics as everybody."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ from rich.table import Table
 from console.client import Client, Result
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
 from merchants.registry import Merchant, all_merchants
+from schemas.payloads import COMMANDS
+from schemas.topics import CONTROL_CHANNEL
 from workers.settings import WorkerSettings
 
 ACTOR = "console"
@@ -30,7 +32,27 @@ async def control(settings: WorkerSettings, command_type: str, payload: Mapping[
     """Send a command of the control topic and wait for its result."""
     async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
         await client.watch(None, 1, from_start=False)
-        return await client.call(None, command_type, {**payload, "actor": ACTOR})
+        return await client.call(None, command_type, {"actor": ACTOR, **payload})
+
+
+async def command(settings: WorkerSettings, merchant_id: str, command_type: str, payload: Mapping[str, Any]) -> Result:
+    """Send a command about a merchant to its topic and wait for its result.
+
+    Raises:
+        ValueError: there is no such merchant, or no such command for people to send.
+    """
+    spec = COMMANDS.get(command_type)
+    if spec is None or spec.channel == "jobs":
+        raise ValueError(f"there is no command {command_type}")
+    if spec.channel == CONTROL_CHANNEL:
+        return await control(settings, command_type, {"merchant_id": merchant_id, **payload})
+    merchant = next((m for m in await registered(settings.control_database_url) if m.merchant_id == merchant_id), None)
+    if merchant is None:
+        raise ValueError(f"there is no merchant {merchant_id}")
+    by = {"actor": ACTOR} if "actor" in spec.model.model_fields else {}
+    async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
+        await client.watch(merchant_id, merchant.partitions, from_start=False)
+        return await client.call(merchant_id, command_type, {**by, **payload})
 
 
 async def registered(control_url: str) -> list[Merchant]:

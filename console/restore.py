@@ -102,7 +102,7 @@ async def _suspended(control_url: str, merchant_id: str) -> tuple[Merchant, list
             if merchant.state != "suspended":
                 raise StackError(
                     f"{merchant_id} is {merchant.state}. Suspend it first, so that no worker writes meanwhile: "
-                    "Merchant.Suspend on credits.control."
+                    f"credits send {merchant_id} Merchant.Suspend."
                 )
             sql = "SELECT result FROM inbox WHERE type = 'Clock.Advance' AND outcome = 'applied'"
             results = [json.loads(row[0]) for row in await fetch(connection, sql)]
@@ -322,4 +322,4 @@ def lines(restored: Restored) -> Iterable[str]:
         yield f"the former database is kept as {restored.kept}; drop it when it is not needed any more"
     if restored.offsets_reset is False:
         yield "stop all workers and start them again: the group's offsets are ahead of the database"
-    yield "resume the merchant: Merchant.Resume on credits.control"
+    yield "resume the merchant: Merchant.Resume"
