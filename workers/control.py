@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 from aiokafka import TopicPartition as TP
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 import merchants.registry
@@ -30,7 +31,7 @@ from workers import inbox, outgoing, positions
 from workers.decide import Answer, Reception
 from workers.inbox import DeadLetter, Row
 from workers.lanes import Lease, Outcome, Record
-from workers.pipeline import Backoff, decode_safely, is_race, is_trouble
+from workers.pipeline import DATABASE_IS_LOST, Backoff, decode_safely, is_race, is_trouble, sqlstate
 from workers.positions import REFUSED_WAIT_SECONDS, Claim, LostOwnershipError, Standoff
 from workers.publisher import LeaseEndedError, Publisher, PublishTimeoutError
 from workers.transaction import Message, plan
@@ -258,10 +259,19 @@ class Control:
         return await self._set_state(incoming, "active")
 
     async def _set_state(self, incoming: Incoming, state: str) -> dict[str, Any]:
-        """Write a state into the merchant's own database, where every batch sees it, and into the registry."""
+        """Write a state into the merchant's own database, where every batch sees it, and into the registry.
+
+        A database that is lost has no batches. Its merchant is suspended, as a restore wants it, and not resumed.
+        """
         merchant = await self._merchant(incoming.payload.merchant_id)
-        async with self._database(merchant) as connection:
-            await merchants.store.set_suspended(connection, state == "suspended")
+        try:
+            async with self._database(merchant) as connection:
+                await merchants.store.set_suspended(connection, state == "suspended")
+        except DBAPIError as error:
+            if sqlstate(error) != DATABASE_IS_LOST:
+                raise
+            if state != "suspended":
+                raise Refusal(Code.INTERNAL_ERROR, "the merchant's database is lost, restore it first", {}) from error
         async with self.engine.begin() as connection:
             await merchants.registry.set_state(connection, merchant.merchant_id, state)
         return {"merchant_id": merchant.merchant_id, "state": state}

@@ -62,8 +62,10 @@ BEHIND_SECONDS_MAX = 1.0
 # A race on a key is settled when the batch is run again; the same violation so often is a defect.
 RACES_MAX = 8
 
-# Trouble of the database by SQLSTATE class or code: connection, resources, operator, serialization, locks.
-_TROUBLE = ("08", "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
+DATABASE_IS_LOST = "3D000"
+# Trouble of the database by SQLSTATE class or code: connection, role or database lost, resources, operator,
+# serialization, locks.
+_TROUBLE = ("08", "28", DATABASE_IS_LOST, "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
 _RACE = ("23505", "23P01")
 
 
