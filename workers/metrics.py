@@ -333,7 +333,7 @@ _GAUGES = {
     "overdue_operations": "Open operations past their deadline",
     "parked_commands": "Commands that wait for another one",
     "parked_oldest_seconds": "For how long the oldest of them has waited",
-    "dead_letters_open": "Dead letters that nobody has redriven",
+    "dead_letters_open": "Dead letters that nobody has settled or redriven",
     "purchases_needing_attention": "Paid orders that were refused and not settled since",
     "receipts_gaps": "Must be 0: numbers missing among the newest thousand of each series",
 }
