@@ -28,7 +28,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     CREDITS_WEB_BIND=0.0.0.0 \
     CREDITS_WEB_PORT=8080
-RUN python -m compileall -q /app
+RUN python -m compileall -q /app \
+    && printf '#!/bin/sh\nexec python -m console.main "$@"\n' > /usr/local/bin/credits \
+    && chmod 755 /usr/local/bin/credits
 USER credits
 EXPOSE 8080
 STOPSIGNAL SIGTERM
