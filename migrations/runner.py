@@ -3,22 +3,26 @@
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+
+if TYPE_CHECKING:
+    # Imported where it is used: it takes longer than all that most commands do.
+    from alembic.config import Config
 
 HERE = Path(__file__).parent
 SETTINGS = {"lock_timeout": "4s", "statement_timeout": "300s", "application_name": "credits-migrate"}
 ADVISORY_LOCK = 7_203_155_001
 
 
-def lineage(name: str) -> Config:
+def lineage(name: str) -> "Config":
     """Return Alembic's configuration of a lineage, ``control`` or ``merchant``."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(HERE / name))
     config.set_main_option("path_separator", "os")
@@ -27,6 +31,8 @@ def lineage(name: str) -> Config:
 
 def revisions(name: str) -> list[str]:
     """Return all revisions of a lineage, the newest first."""
+    from alembic.script import ScriptDirectory
+
     return [script.revision for script in ScriptDirectory.from_config(lineage(name)).walk_revisions()]
 
 
@@ -64,6 +70,8 @@ def upgrade_alone(url: str, name: str) -> str | None:
 
 
 def _upgrade(connection: Connection, name: str) -> None:
+    from alembic import command
+
     config = lineage(name)
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

@@ -26,6 +26,8 @@ QUIET_SECONDS = 1.0
 PATIENCE_SECONDS = 0.5
 # For the quiet moment at the end of a lease: all merchants wait for a rebalance, one's database may be away.
 LAST_IDLE_SECONDS_MAX = 2.0
+# So many records a lane may queue, however many lanes there are: smaller batches cost too much.
+LANE_RECORDS_MIN = 250
 
 
 class Lease:
@@ -222,11 +224,12 @@ class LaneOptions:
 
     batch_max: int = 2000
     linger: float = 0.01
+    # In all queues together: a record takes about 4 KiB.
+    records_max: int = 32_000
 
-    @property
-    def high(self) -> int:
-        """With so many records queued, partitions are paused; they are resumed at a third."""
-        return 3 * self.batch_max
+    def high(self, lanes: int) -> int:
+        """With so many records queued in one of so many lanes, its partitions are paused; they resume at a third."""
+        return min(3 * self.batch_max, max(LANE_RECORDS_MIN, self.records_max // lanes))
 
 
 class Lane:
@@ -239,6 +242,7 @@ class Lane:
         feed: Feed,
         *,
         options: LaneOptions,
+        peers: Mapping[str, "Lane"],
         gate: Gate,
         committer: Committer,
         counters: Counters,
@@ -250,6 +254,7 @@ class Lane:
         self._handler = handler
         self._feed = feed
         self._options = options
+        self._peers = peers
         self._gate = gate
         self._committer = committer
         self._counters = counters
@@ -268,6 +273,10 @@ class Lane:
     def queued(self) -> int:
         """The number of records that wait."""
         return len(self._ready) - self._taken + len(self._arrived)
+
+    @property
+    def _high(self) -> int:
+        return self._options.high(len(self._peers))
 
     def _clear(self) -> None:
         # `_ready[_taken:]` is sorted by time; what arrived later is merged into it when a batch needs more.
@@ -322,7 +331,7 @@ class Lane:
         next(times)
         self._arrived.extend(zip(times, chunk.records, strict=True))
         self._latest[tp] = self._arrived[-1][0]
-        if self.held or self.queued >= self._options.high:
+        if self.held or self.queued >= self._high:
             self._pause(tp)
         self._wake.set()
 
@@ -334,7 +343,7 @@ class Lane:
                 self._feed.pause(tp)
 
     def _resume_if_low(self) -> None:
-        if self._paused and not self.held and self.queued <= self._options.high // 3:
+        if self._paused and not self.held and self.queued <= self._high // 3:
             paused, self._paused = self._paused, set()
             self._feed.resume(paused)
 
@@ -522,6 +531,7 @@ class Lanes:
             self._handler,
             self._feed,
             options=self._options,
+            peers=self.by_merchant,
             gate=self._gate,
             committer=self._committer,
             counters=self.counters,

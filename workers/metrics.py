@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from prometheus_client import CollectorRegistry, generate_latest
@@ -26,11 +26,14 @@ from merchants.databases import Pools
 from merchants.registry import Merchant
 from schemas.errors import Code
 from schemas.payloads import COMMANDS
-from workers.app import State
 from workers.decide import Answer
 from workers.inbox import DeadLetter
 from workers.lanes import TP, Record
 from workers.transaction import Applied
+
+if TYPE_CHECKING:
+    # `credits status` reads the gauges without Faust.
+    from workers.app import State
 
 log = structlog.get_logger(__name__)
 _levels = logging.getLogger(__name__)
@@ -98,7 +101,7 @@ class Metrics(Collector):
     """
 
     def __init__(
-        self, state: Callable[[], State], scheduler_errors: Callable[[], int], pools: Mapping[str, Pools]
+        self, state: Callable[[], "State"], scheduler_errors: Callable[[], int], pools: Mapping[str, Pools]
     ) -> None:
         self._state = state
         self._scheduler_errors = scheduler_errors

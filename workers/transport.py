@@ -50,6 +50,9 @@ POLL_SECONDS = 0.1
 # After this many seconds without a lease, though the coordinator is known, the process gives up and is started anew.
 STUCK_SECONDS = 120
 RESUBSCRIBE_SECONDS = 1.0
+# Of all partitions together, and of one at least.
+FETCHED_BYTES_MAX = 16 << 20
+FETCH_BYTES_MIN = 64 << 10
 FLAG_SECONDS = 5.0
 
 
@@ -225,6 +228,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             return False
         consumer.subscribe(topics=topics, listener=self._rebalance_listener)
         return True
+
+    def share_fetches(self, partitions: int) -> None:
+        """Have as much less of each partition fetched at once as there are more of them, to bound the memory."""
+        share = max(FETCH_BYTES_MIN, FETCHED_BYTES_MAX // max(1, partitions))
+        settings = cast(BaseApp, self.app).settings
+        self._ensure_consumer()._fetcher._max_partition_fetch_bytes = min(settings.fetch_max_bytes, share)
 
     def current(self) -> Any:
         """Return the current assignment, None while there is none."""
@@ -530,6 +539,7 @@ class BaseApp(faust.App):
         try:
             cast(Consumer, self.consumer).forget_pauses()
             self.open_lease(self.consumer_generation_id, set(token.tps), token)
+            thread.share_fetches(len(token.tps))
         except Exception as error:
             die("an assignment failed", error)
         thread.leased = token

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.services import JARS
 
-FAULTS = 12
+FAULTS = 9
 KINDS = (
     "worker killed",
     "cut after COMMIT",

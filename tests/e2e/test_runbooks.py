@@ -345,7 +345,8 @@ async def test_a_disk_is_full(script: Script, acme: Merchant, server: asyncpg.Co
 
 @follows("docs/operations/README.md")
 async def test_an_operator_looks_first(script: Script, acme: Merchant) -> None:
-    await script.run_until("credits status --watch", rf"{acme.id} +active")
+    # As many lines as there may be merchants: a screen shows no more than it has room for.
+    await script.run_until("credits status --watch", rf"{acme.id} +active", LINES="1000")
     assert "PAYLOAD" in (await script.run("credits send --help")).upper()
 
 

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
+import pytest
 from aiokafka import ConsumerRecord
 
 from workers.lanes import TP, Chunk, Counters, Gate, Lane, LaneOptions, Lanes, Lease, Outcome, Record
@@ -250,6 +251,11 @@ async def test_the_quiet_moment_comes_once_after_each_burst() -> None:
         await it.handled(1)
         assert await it.lanes.stop(5)
         assert it.handler.idles == 2
+
+
+@pytest.mark.parametrize(("lanes", "high"), [(1, 6_000), (10, 3_200), (100, 320), (1_000, 250)])
+def test_many_lanes_queue_no_more_than_few(lanes: int, high: int) -> None:
+    assert LaneOptions().high(lanes) == high
 
 
 async def test_a_held_lane_keeps_its_records() -> None:

@@ -227,6 +227,9 @@ class TestAiokafka:
 
         asyncio.run(check())
 
+    def test_each_fetch_asks_for_as_many_bytes_of_a_partition_as_is_set_then(self) -> None:
+        assert "self._max_partition_fetch_bytes" in source(Fetcher._get_actions_per_node)
+
     def test_a_new_assignment_has_no_position_until_the_committed_offset_is_known(self) -> None:
         async def check() -> None:
             tp = TopicPartition("t", 0)
