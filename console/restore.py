@@ -38,6 +38,7 @@ from workers.settings import WorkerSettings
 
 Progress = Callable[[str, int, int], None]
 READ_MS = 500
+DISCONNECT_TRIES = 5
 
 
 @dataclass
@@ -262,10 +263,13 @@ async def _swap(control_url: str, role: str, database: str, made: str) -> str | 
 
 
 async def _disconnect(connection: AsyncConnection, database: str) -> None:
-    """End a database's connections and wait for it; the server allows five seconds."""
+    """End a database's connections and wait for it; the server allows each five seconds."""
     sql = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1"
-    if not all(row[0] for row in await fetch(connection, sql, database)):
-        raise StackError(f"Connections to {database} do not end. Stop the workers and try again.")
+    for _ in range(DISCONNECT_TRIES):
+        # It says false as well of one that has just ended by itself: only an empty list tells.
+        if not await fetch(connection, sql, database):
+            return
+    raise StackError(f"Connections to {database} do not end. Stop the workers and try again.")
 
 
 @asynccontextmanager
