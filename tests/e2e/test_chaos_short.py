@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.services import JARS
 
-FAULTS = 9
+FAULTS = 7
 KINDS = (
     "worker killed",
     "cut after COMMIT",
