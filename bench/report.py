@@ -20,6 +20,10 @@ GROWTH_CHART = ROOT / "docs" / "performance-growth"
 
 SERVICE, BASELINE, LIMIT = "#2a6f97", "#c1666b", "#b8b8b8"
 LATE_SECONDS_MAX = 1
+HEADS = (
+    *("commands/s", "p50 ms", "p99 ms", "query p99 ms"),
+    *("× plain", "× plain in 4 tasks", "of PostgreSQL", "CPU µs"),
+)
 Line = dict[str, Any]
 
 
@@ -71,36 +75,28 @@ def targets(lines: dict[str, Line]) -> list[tuple[str, str, bool]]:
     return told
 
 
+def _cells(one: Line) -> tuple[str, ...]:
+    """Return what stands under HEADS."""
+    return (
+        f"{one['commands_per_second']:,}",
+        f"{one['p50_ms']:.0f}",
+        f"{one['p99_ms']:.0f}",
+        f"{one['query_p99_ms']:.0f}",
+        _times(one["ratio_to_baseline"]),
+        _times(one["ratio_to_parallel_baseline"]),
+        "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
+        str(sum(one["cpu_us_per_command"].values())),
+    )
+
+
 def table(lines: dict[str, Line]) -> Table:
     """Return the table of a run."""
     shown = Table(title="Commands applied, committed and answered", title_justify="left", header_style="bold")
     shown.add_column("scenario")
-    heads = (
-        "commands/s",
-        "p50 ms",
-        "p99 ms",
-        "query p99 ms",
-        "× plain",
-        "× plain in 4 tasks",
-        "of PostgreSQL",
-        "CPU µs",
-        "others' cores",
-    )
-    for head in heads:
+    for head in (*HEADS, "others' cores"):
         shown.add_column(head, justify="right")
     for name, one in lines.items():
-        shown.add_row(
-            SCENARIOS[name].title,
-            f"{one['commands_per_second']:,}",
-            f"{one['p50_ms']:.0f}",
-            f"{one['p99_ms']:.0f}",
-            f"{one['query_p99_ms']:.0f}",
-            _times(one["ratio_to_baseline"]),
-            _times(one["ratio_to_parallel_baseline"]),
-            "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
-            f"{sum(one['cpu_us_per_command'].values())}",
-            f"{one['cores'].get('others', 0):.2f}",
-        )
+        shown.add_row(SCENARIOS[name].title, *_cells(one), f"{one['cores'].get('others', 0):.2f}")
     return shown
 
 
@@ -219,31 +215,7 @@ def _machine_text(machine: dict[str, Any]) -> str:
 
 
 def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
-    rows = [
-        (
-            SCENARIOS[name].title,
-            f"{one['commands_per_second']:,}",
-            f"{one['p50_ms']:.0f}",
-            f"{one['p99_ms']:.0f}",
-            f"{one['query_p99_ms']:.0f}",
-            _times(one["ratio_to_baseline"]),
-            _times(one["ratio_to_parallel_baseline"]),
-            "" if one["ratio_to_postgres_limit"] is None else f"{100 * one['ratio_to_postgres_limit']:.0f} %",
-            str(sum(one["cpu_us_per_command"].values())),
-        )
-        for name, one in lines.items()
-    ]
-    heads = (
-        "",
-        "commands/s",
-        "p50 ms",
-        "p99 ms",
-        "query p99 ms",
-        "× plain",
-        "× plain in 4 tasks",
-        "of PostgreSQL",
-        "CPU µs each",
-    )
+    rows = [(SCENARIOS[name].title, *_cells(one)) for name, one in lines.items()]
     busy = max(one["cores"].get("others", 0) for one in lines.values())
     noise = f"Other programs used up to {busy:.2f} cores during the drains."
     if idle is not None:
@@ -252,7 +224,7 @@ def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
     return "\n\n".join(
         [
             "![the service between its limits](performance.svg)",
-            _grid(heads, rows),
+            _grid(("", *HEADS), rows),
             noise,
             _grid(("target", "", "met"), told),
         ]
