@@ -41,6 +41,11 @@ log = structlog.get_logger(__name__)
 EnsureTopics = Callable[[Merchant], Awaitable[None]]
 SendDue = Callable[[Merchant], Awaitable[object]]
 
+PATIENCE_SECONDS = 30.0
+"""How long a merchant's own database may keep the commands of other merchants waiting."""
+# What can be left half done and sent again.
+_CAN_BE_REFUSED = frozenset({"Merchant.Suspend", "Merchant.Resume"})
+
 
 @dataclass(kw_only=True)
 class ControlDesk(Reception):
@@ -103,9 +108,11 @@ class Control:
     async def _until_done(self, record: Record, lease: Lease, outcome: Outcome) -> bool:
         """Work on one record until it is done; False when it is this worker's no more."""
         backoff = Backoff(CONTROL_CHANNEL, lease)
+        loop = asyncio.get_running_loop()
+        impatient_at = loop.time() + PATIENCE_SECONDS
         while lease.alive():
             try:
-                await self._once(record, lease, outcome)
+                await self._once(record, lease, outcome, is_patient=loop.time() < impatient_at)
                 return True
             except LostOwnershipError:
                 raise
@@ -118,7 +125,7 @@ class Control:
                     return False
         return False
 
-    async def _once(self, record: Record, lease: Lease, outcome: Outcome) -> None:
+    async def _once(self, record: Record, lease: Lease, outcome: Outcome, *, is_patient: bool) -> None:
         tp = TP(record.topic, record.partition)
         message = await self._decode(record)
         async with self.engine.begin() as connection:
@@ -128,7 +135,7 @@ class Control:
                 return
             is_fresh = bool(todo.fresh)
         if is_fresh and desk.fresh is not None:
-            await self._decide(desk, *desk.fresh)
+            await self._decide(desk, *desk.fresh, is_patient=is_patient)
         if is_fresh:
             await self._save(desk, message, lease)
         await self._publish(desk, lease)
@@ -170,14 +177,20 @@ class Control:
         now: datetime = (await fetch(connection, "SELECT clock_timestamp()"))[0][0]
         return now
 
-    async def _decide(self, desk: ControlDesk, row: Row, incoming: Incoming) -> None:
+    async def _decide(self, desk: ControlDesk, row: Row, incoming: Incoming, *, is_patient: bool) -> None:
         try:
             effects = await _HANDLERS[incoming.type](self, incoming)
         except Refusal as refusal:
             desk.conclude(row, incoming, refusal, {}, None)
         except Exception as error:
             if is_trouble(error) or is_race(error):
-                raise
+                if is_patient or incoming.type not in _CAN_BE_REFUSED:
+                    raise
+                log.exception("a merchant's database does not answer", offset=incoming.offset)
+                message = "the merchant's database does not answer, send the command again when it does"
+                desk.conclude(row, incoming, Refusal(Code.INTERNAL_ERROR, message, {}), {}, None)
+                desk.add(row, incoming)
+                return
             # A defect of ours must not stop the commands behind this one.
             log.exception("a control command cannot be decided", offset=incoming.offset)
             defect = Refusal(Code.INTERNAL_ERROR, "the command could not be decided; the operators know", {})
