@@ -13,6 +13,7 @@ from workers.settings import WorkerSettings
 from workers.status import Lookout, MerchantStatus, Status
 
 WATCH_SECONDS = 2.0
+HEAD_LINES = 3  # the line above the table, the names of its columns, and what is left out
 
 
 async def run(settings: WorkerSettings, console: Console, *, watch: bool = False) -> None:
@@ -28,11 +29,11 @@ async def run(settings: WorkerSettings, console: Console, *, watch: bool = False
             console.print(screen(await lookout.look(), before))
             return
         status = await lookout.look()
-        with Live(screen(status), console=console, auto_refresh=False) as live:
+        with Live(screen(status, lines=console.height), console=console, auto_refresh=False) as live:
             while True:
                 await asyncio.sleep(WATCH_SECONDS)
                 status, before = await lookout.look(), status
-                live.update(screen(status, before), refresh=True)
+                live.update(screen(status, before, lines=console.height), refresh=True)
     finally:
         await lookout.close()
         await readers.close()
@@ -52,8 +53,8 @@ def rates(status: Status, before: Status | None) -> Mapping[str, float]:
     }
 
 
-def screen(status: Status, before: Status | None = None) -> Group:
-    """Lay a status out."""
+def screen(status: Status, before: Status | None = None, *, lines: int | None = None) -> Group:
+    """Lay a status out; with fewer ``lines`` than merchants, show those that most need to be looked at."""
     found = rates(status, before)
     workers = f"{len(status.workers)} workers" if status.workers else "[red]no worker[/red]"
     head = Text.from_markup(
@@ -63,9 +64,19 @@ def screen(status: Status, before: Status | None = None) -> Group:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("merchant", "state", "lag", "per s", "applied", "open", "parked", "dead", "attention", "jobs", "gaps"):
         table.add_column(name, justify="left" if name in ("merchant", "state") else "right")
-    for merchant in status.merchants:
+    shown = status.merchants
+    if lines is not None and len(shown) > lines - HEAD_LINES:
+        shown = sorted(shown, key=_calm)[: max(lines - HEAD_LINES, 1)]
+    for merchant in shown:
         table.add_row(*_cells(merchant, found.get(merchant.merchant_id)))
-    return Group(head, table)
+    hidden = len(status.merchants) - len(shown)
+    return Group(head, table, *([Text(f"and {hidden} more, with less to look at", style="dim")] if hidden else []))
+
+
+def _calm(merchant: MerchantStatus) -> tuple[bool, bool, int]:
+    """Order merchants: first those in trouble, then those with something for an operator, then by lag."""
+    troubles = ("dead_letters_open", "purchases_needing_attention", "receipts_gaps")
+    return merchant.error is None, not any(merchant.gauges.get(name, 0) for name in troubles), -merchant.lag
 
 
 def _cells(merchant: MerchantStatus, rate: float | None) -> list[str]:
