@@ -111,7 +111,7 @@ class Script:
         return out.decode()
 
     async def run_until(self, begin: str, said: str, **environment: str) -> str:
-        """Run the page's next command, which goes on for ever, and interrupt it when it has said something."""
+        """Run the page's next command, which goes on for ever, and end it when it has said something."""
         process = await self._start(self.take(begin), {"FORCE_COLOR": "1"} | environment)
         assert process.stdout is not None
         out = ""
@@ -122,7 +122,8 @@ class Script:
                     assert more, f"{self._page}: {begin} ended without {said}\n{out}"
                     out += more
         finally:
-            process.send_signal(signal.SIGINT)
+            # Not SIGINT: a shell has what it runs in the background ignore that.
+            process.send_signal(signal.SIGTERM)
             await process.communicate()
         return out
 
