@@ -50,6 +50,9 @@ POLL_SECONDS = 0.1
 # After this many seconds without a lease, though the coordinator is known, the process gives up and is started anew.
 STUCK_SECONDS = 120
 RESUBSCRIBE_SECONDS = 1.0
+# A fetch that brought more chunks than this is followed by a pause of so much for each of them.
+CHUNKS_AT_ONCE = 8
+CHUNK_SECONDS = 0.001
 # Of all partitions together, and of one at least.
 FETCHED_BYTES_MAX = 16 << 20
 FETCH_BYTES_MIN = 64 << 10
@@ -406,12 +409,28 @@ class Consumer(driver.Consumer):
         self._resumed.set()
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[FaustTP, Any]]:  # noqa: ASYNC109
-        """Yield one message per partition, whose value is the chunk."""
-        for tp, chunk in (await self._next_chunks(min(timeout, POLL_SECONDS))).items():
+        """Hand over what was fetched, one message per partition, whose value is the chunk; yield nothing.
+
+        Faust's loop makes two tasks of each message that is yielded, and waits for them.
+        """
+        chunks = await self._next_chunks(min(timeout, POLL_SECONDS))
+        if chunks:
+            await self.wait_first(self._hand_over(chunks), self.suspend_flow.wait())
+        if len(chunks) > CHUNKS_AT_ONCE:
+            # The broker gets the time to collect more for each: a chunk costs as much as a dozen records.
+            await asyncio.sleep(len(chunks) * CHUNK_SECONDS)
+        nothing: tuple[FaustTP, Any]
+        for nothing in ():
+            yield nothing
+
+    async def _hand_over(self, chunks: Mapping[FaustTP, Chunk]) -> None:
+        for tp, chunk in chunks.items():
             last = chunk.records[-1]
             message: Any = partial(ConsumerMessage, tp=tp, generation_id=self.app.consumer_generation_id)
             # Offset, time and its type, headers, key, value, checksum and two sizes; only the value is looked at.
-            yield tp, message(*tp, last.offset, last.timestamp / 1000, last.timestamp_type, [], None, chunk, None, 0, 0)
+            await self.callback(
+                message(*tp, last.offset, last.timestamp / 1000, last.timestamp_type, [], None, chunk, None, 0, 0)
+            )
 
     async def _next_chunks(self, timeout: float) -> Mapping[FaustTP, Chunk]:  # noqa: ASYNC109
         if not self.flow_active:
