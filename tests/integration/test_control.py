@@ -66,6 +66,8 @@ async def test_a_merchant_whose_database_does_not_answer_holds_up_no_other_for_e
     answered: dict[str, dict[str, Any]] = {}
     control.observers.append(lambda _, answers, __: answered.update({a.id: a.row.body for a in answers}))
     lease = Lease(1, "the tests", [TP(CONTROL, 0)], object())
+    # What other tests sent before is not read again.
+    lease.first.clear()
     there = "UPDATE merchants SET database_url = $1 WHERE merchant_id = 'unreachable'"
     database = shop.settings.control_database_url.rpartition("/")[2]
     away = f"postgresql://credits@127.0.0.1:{silent_port}/nowhere"
