@@ -48,21 +48,19 @@ def moment(given: datetime | None, now: datetime) -> datetime:
 def ends(row: Row, archived_at: datetime | None, now: datetime) -> datetime | None:
     """Tell when a row shall end, or None when it has ended already and nothing is to change.
 
-    Raises ``immutable`` for moving an end that has passed.
+    Raises ``effective_in_past``, see ``moment``, and ``immutable`` for moving an end that has passed.
     """
-    has_ended = row.archived_at is not None and row.archived_at <= now
-    if has_ended and archived_at in (None, row.archived_at):
-        return None
-    if has_ended:
-        raise Refusal(
-            Code.IMMUTABLE,
-            "what has ended stays ended at that moment",
-            {"archived_at": format_time(row.archived_at or now)},
-        )
     if archived_at is not None and archived_at == row.archived_at:
         return None
-    # An end before the beginning withdraws what is still to come: an empty period.
-    return max(moment(archived_at, now), row.effective_at)
+    end = moment(archived_at, now)
+    if row.archived_at is None or row.archived_at > now:
+        # An end before the beginning withdraws what is still to come: an empty period.
+        return max(end, row.effective_at)
+    if end > now:
+        raise Refusal(
+            Code.IMMUTABLE, "what has ended stays ended at that moment", {"archived_at": format_time(row.archived_at)}
+        )
+    return None
 
 
 def overlap(code: str, effective_at: datetime) -> Refusal:

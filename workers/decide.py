@@ -134,6 +134,8 @@ class Reception:
             self._answer_again(again, incoming)
             return
         self._refuse(self.row(incoming, identity), incoming, incoming.error or self.conflict(seen, incoming))
+        if incoming.error is not None:
+            self.dead_letter(incoming, incoming.error)
 
     def _first_delivery(self, incoming: Incoming) -> None:
         row = self.row(incoming, incoming.identity)
@@ -295,7 +297,7 @@ class Desk(Reception):
     def decide(self, row: Row, incoming: Incoming) -> None:
         dependency_of = DEPENDENCIES.get(incoming.type)
         dependency = dependency_of(incoming.payload) if dependency_of else None
-        if dependency is not None and not self.is_there(dependency):
+        if dependency is not None and not self.is_there(dependency) and not self.is_erased(incoming):
             self._park(row, incoming, dependency)
             return
         self._settle(row, incoming)
@@ -305,6 +307,13 @@ class Desk(Reception):
         released = self.released_by_job + self._release_after(incoming, row)
         self.released_by_job = []
         row.released = b"".join(released) or None
+
+    def is_erased(self, incoming: Incoming) -> bool:
+        """Tell whether a command names a user who was erased; it is refused for that and waits for nothing."""
+        if not names_user(incoming):
+            return False
+        account = self.books.account(self.account_id_of(incoming.payload.user_id))
+        return account is not None and account.erased_at is not None
 
     def is_there(self, dependency: Dependency) -> bool:
         books = self.books
@@ -354,7 +363,7 @@ class Desk(Reception):
         given = Given(incoming.payload, incoming.identity, row.account_id, taken)
         passed = self.books.let_time_pass(account, incoming.identity, opening=incoming.type == "Operation.Open")
         try:
-            if account is not None and account.erased_at is not None and names_user(incoming):
+            if self.is_erased(incoming):
                 raise Refusal(Code.ACCOUNT_ERASED, "the user was erased", {})
             effects = self._effects(incoming, given)
         except Refusal as refusal:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from hashlib import sha256
 from typing import Any
 
 import structlog
@@ -47,7 +48,7 @@ ORDER BY o.expires_at, o.operation_id LIMIT $4
 """
 # Parked commands whose time is over, or whose dependency is there without having released them: what a race left.
 _TO_RESOLVE = """
-SELECT p.source, p.id, p.due_at <= $1 FROM parked p
+SELECT p.source, p.id, CASE WHEN p.due_at <= $1 THEN 'over' ELSE 'there' END FROM parked p
 WHERE p.due_at <= $1
    OR (p.dependency_kind = 'operation' AND EXISTS (SELECT FROM operations o WHERE o.operation_id = p.dependency_key))
    OR (p.dependency_kind = 'purchase' AND EXISTS (SELECT FROM purchases s WHERE s.external_ref = p.dependency_key))
@@ -124,7 +125,8 @@ class Scheduler:
             search = Search(connection, merchant.merchant_id, now)
             async for jobs in search.pages():
                 fresh = self._not_sent(merchant.merchant_id, now, jobs)
-                await self.publisher.publish(fresh)
+                await self.publisher.publish([job.message(merchant.merchant_id, now) for job in fresh])
+                self._sent[merchant.merchant_id][1].update(job.name for job in fresh)
                 sent += len(fresh)
             # A test clock jumps: a batch that read it before the jump may still commit what is long due after it.
             if not merchant.simulated:
@@ -138,15 +140,12 @@ class Scheduler:
             await ledger.store.due_partition_month(connection, now + timedelta(days=31 * months))
         self._partitioned[merchant.merchant_id] = now.date()
 
-    def _not_sent(self, merchant_id: str, now: datetime, jobs: Sequence["Job"]) -> list[OutMessage]:
+    def _not_sent(self, merchant_id: str, now: datetime, jobs: Sequence["Job"]) -> list["Job"]:
         """Leave out what this process has sent in the same hour: it would only be a duplicate."""
         period, sent = self._sent.get(merchant_id, ("", set()))
         if period != hour(now):
-            sent = set()
-        fresh = [job for job in jobs if job.name not in sent]
-        sent |= {job.name for job in fresh}
-        self._sent[merchant_id] = (hour(now), sent)
-        return [job.message(merchant_id, now) for job in fresh]
+            self._sent[merchant_id] = (hour(now), sent := set())
+        return [job for job in jobs if job.name not in sent]
 
 
 @dataclass(slots=True)
@@ -194,7 +193,7 @@ class Search:
         async for jobs in self._operations(known.get("operations", LONG_AGO)):
             yield jobs
         yield [
-            Job("Command.Resolve", self._name(id_, "over" if over else "there"), {"source": source, "id": id_}, id_)
+            Job("Command.Resolve", self._name(_digest(source, id_), over), {"source": source, "id": id_}, id_)
             for source, id_, over in await fetch(self.connection, _TO_RESOLVE, self.now, PAGE)
         ]
 
@@ -220,7 +219,7 @@ class Search:
             jobs = []
             for expires_at, operation_id, user_id in rows:
                 payload = {"user_id": user_id, "operation_id": operation_id}
-                jobs.append(Job("Operation.Expire", self._name(operation_id), payload, user_id))
+                jobs.append(Job("Operation.Expire", self._name(_digest(operation_id)), payload, user_id))
                 after = (expires_at, operation_id)
             yield jobs
         # An operation is open for a minute at least, longer than any transaction takes.
@@ -232,7 +231,12 @@ class Search:
 
     def _name(self, subject: str, *details: str) -> str:
         """Name a job after its subject and the hour: it is sent again in the next one if it came to nothing."""
-        return "/".join((subject[:90], *details, hour(self.now)))
+        return "/".join((subject, *details, hour(self.now)))
+
+
+def _digest(*names: str) -> str:
+    """Stand for names that may be too long for one, or alike."""
+    return sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
 def hour(now: datetime) -> str:

@@ -28,7 +28,7 @@ from schemas import payloads
 from schemas.envelope import Incoming, Undeliverable, message_identity
 from schemas.payloads import COMMANDS, MerchantConfig
 from workers import documents, inbox, positions
-from workers.decide import Answer, Desk, answer_from_store
+from workers.decide import Answer, Desk, answer_from_store, member
 from workers.documents import Issued, numbers_by_command
 from workers.faults import planted, point
 from workers.inbox import DeadLetter, Parked, Row
@@ -381,7 +381,7 @@ class Batch:
 
     async def _repeat(self, messages: Sequence[Message], desk: Desk, applied: Applied) -> None:
         """Answer from what is stored; at its own position a command repeats all that it put out."""
-        released: list[bytes] = []
+        released: list[tuple[bytes, str | None]] = []
         own: list[bytes] = []
         for message in messages:
             if not isinstance(message, Incoming):
@@ -395,12 +395,19 @@ class Batch:
             whole = row.position == place
             if whole:
                 own.append(row.identity)
-                released += row.released_identities()
+                user_id = member(message.payload, "user_id")
+                released += [(identity, user_id) for identity in row.released_identities()]
             if row.result is not None:
                 applied.answers.append(desk.answer(row, message, whole=whole))
-        rows = {row.identity: row for row in await inbox.load(self.connection, released, ())} if released else {}
-        applied.answers += [answer_from_store(rows[identity]) for identity in released]
-        applied.republished = await receipts.store.documents_of(self.connection, [*own, *released])
+        identities = [identity for identity, _ in released]
+        rows = {row.identity: row for row in await inbox.load(self.connection, identities, ())} if released else {}
+        for identity, user_id in released:
+            row = rows[identity]
+            if row.user_id is None and user_id is not None and desk.account_id_of(user_id) == row.account_id:
+                # The user has no account: nothing but the command that released this one names him.
+                row.user_id = user_id
+            applied.answers.append(answer_from_store(row))
+        applied.republished = await receipts.store.documents_of(self.connection, [*own, *identities])
         places = [(m.topic, m.partition, m.offset) for m in messages]
         applied.letters += await inbox.load_dead_letters(self.connection, places)
 

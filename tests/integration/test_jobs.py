@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 import merchants.store
@@ -16,7 +17,7 @@ from merchants.schema import migrate
 from tests.builders import Clerk, Record, clerk, command, merchant
 from tests.services import Services
 from workers.audit import verify
-from workers.publisher import OutMessage
+from workers.publisher import OutMessage, PublishTimeoutError
 from workers.scheduler import Scheduler
 
 DAY = 86_400
@@ -185,6 +186,43 @@ async def test_a_parked_command_is_given_up_by_the_job_when_its_time_is_over(con
 
         codes = {r["command_type"]: r.get("error", {}).get("code") for r in results}
         assert codes == {"Operation.RecordAndClose": "dependency_timeout", "Command.Resolve": None}
+
+
+async def test_parked_commands_of_two_sources_that_share_an_id_are_given_up_together(control_url: str) -> None:
+    made: Merchant = await merchant(control_url, "alike", simulated=True)
+    close = {"resource_amount": "1", "resource_unit": "TOKEN", "completed_at": "2026-01-01T00:00:00Z"}
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        for source in ("/a", "/b"):
+            payload = close | {"user_id": "ann", "operation_id": f"op{source}"}
+            early = command("Operation.RecordAndClose", payload, source, "same", merchant_id="alike")
+            assert await user.apply(early) == []
+        await wait(user, 16 * 60, b"k" * 16)
+
+        assert await one.send_due(made) == 2
+        results = await user.apply(*sent.records(user))
+
+        given_up = [r for r in results if r["command_type"] == "Operation.RecordAndClose"]
+        assert sorted(r["command_source"] for r in given_up) == ["/a", "/b"]
+
+
+async def test_what_could_not_be_sent_is_sent_with_the_next_pass(
+    control_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(messages: Sequence[OutMessage], lease: Any = None) -> None:
+        raise PublishTimeoutError
+
+    made = await merchant(control_url, "unsent", simulated=True)
+    async with clerk(made) as user, scheduler(control_url) as (one, sent):
+        await grant(user, "g1", 10, 1)
+        await wait(user, 2 * DAY, b"l" * 16)
+        with monkeypatch.context() as patched:
+            patched.setattr(sent, "publish", away)
+            with pytest.raises(PublishTimeoutError):
+                await one.send_due(made)
+
+        assert await one.send_due(made) == 1
+        await user.apply(*sent.records(user))
+        assert await entries(user) == [("promo", 10), ("expiry", -10)]
 
 
 async def test_a_lot_whose_batch_began_before_the_clock_was_moved_expires_too(control_url: str) -> None:

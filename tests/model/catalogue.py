@@ -43,11 +43,14 @@ def moment(given: datetime | None, now: datetime) -> datetime:
 def end_row(row: dict[str, Any], given: datetime | None, now: datetime) -> datetime | None:
     """Tell a row's new end. What has ended stays ended; what is to come ends at the earliest when it begins."""
     end: datetime | None = row["end"]
-    if end is not None and end <= now:
-        if given not in (None, end):
-            raise Refused("immutable")
+    if given is not None and given == end:
         return end
-    return end if given is not None and given == end else max(moment(given, now), row["start"])
+    wanted = moment(given, now)
+    if end is None or end > now:
+        return max(wanted, row["start"])
+    if wanted > now:
+        raise Refused("immutable")
+    return end
 
 
 def pick(rows: list[dict[str, Any]], start: datetime | None, now: datetime) -> dict[str, Any] | None:

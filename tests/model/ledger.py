@@ -105,7 +105,9 @@ class Ledger:
         first = self.keys.get(case["key"])
         if first is not None:
             return [self._repeat(case, first)]
-        if kind in WAITS and not self._there(*self._waits_for(case)):
+        user = self.users.get(self._user_of(kind, payload) or "") if "user_id" in payload else None
+        is_erased = user is not None and user["erased"]
+        if kind in WAITS and not is_erased and not self._there(*self._waits_for(case)):
             user_id = payload.get("user_id")
             self.parked.append(case | {"since": now, "case": case, "user_id": user_id})
             return []
@@ -467,7 +469,8 @@ class Ledger:
         return {"locked": True}
 
     def unlock(self, p: Dict, case: Dict) -> Dict:
-        self._user(p["user_id"]).update(locked=False, until=None)
+        if p["user_id"] in self.users:
+            self.users[p["user_id"]].update(locked=False, until=None)
         return {"locked": False}
 
     def erase(self, p: Dict, case: Dict) -> Dict:

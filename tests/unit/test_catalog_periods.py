@@ -155,8 +155,26 @@ def test_only_the_end_of_a_product_changes_while_it_is_to_come() -> None:
     core.applied("Product.Archive", **archive, archived_at=at(7))
     core.now = START + 7 * HOUR
     assert core.refused("Product.Archive", **archive, archived_at=at(9)) == "immutable"
+    assert core.refused("Product.Archive", **archive, archived_at=at(6)) == "effective_in_past"
     again = core.applied("Product.Archive", **archive)
     assert again["effects"]["archived_at"] == at(7)
+
+
+def test_archiving_twice_as_of_a_moment_ago_is_applied_and_changes_nothing() -> None:
+    core = shop()
+    core.now = START + HOUR
+    a_moment_ago = wire_time(core.now - timedelta(seconds=1))
+    price = {"product_code": "P", "country": "*", "currency": "USD"}
+    archives: list[tuple[str, dict[str, Any]]] = [
+        ("OperationType.Archive", {"operation_code": "chat"}),
+        ("ProductPrice.Archive", price),
+        ("Product.Archive", {"product_code": "P"}),
+    ]
+    for command_type, names in archives:
+        first, second = (
+            core.applied(command_type, **names, archived_at=a_moment_ago, actor="admin")["effects"] for _ in range(2)
+        )
+        assert first["archived_at"] == second["archived_at"] == at(1)
 
 
 def test_archiving_what_nobody_made_is_refused() -> None:

@@ -160,6 +160,27 @@ def test_a_command_is_allowed_on_its_topic_only(topic: str, command_type: str, e
     assert code(result) == expected
 
 
+def test_patterns_are_configured_for_payment_methods_that_are_called_like_cards() -> None:
+    core = shop()
+
+    configured = core.applied("Merchant.Configure", **admin(config=config(external_ref_patterns={"credit_card": "x+"})))
+
+    assert configured["effects"]["config"]["external_ref_patterns"] == {"credit_card": "x+"}
+    worse = config(external_ref_patterns={"card": "x+"}, card_number="1")
+    assert core.refused("Merchant.Configure", **admin(config=worse)) == "sensitive_data"
+
+
+def test_what_cannot_be_read_leaves_a_dead_letter_under_a_known_identity_too() -> None:
+    core = shop()
+    message = core.message("Adjustment.Apply", adjustment())
+    core.send(message)
+
+    (result,) = core.send(message | {"payload": adjustment(credits_delta="many")})
+
+    assert code(result) == "malformed"
+    assert [letter.code for letter in core.letters] == ["malformed"]
+
+
 def test_a_message_stays_the_same_when_another_pattern_of_references_is_configured() -> None:
     core = shop()
     message = core.message("Purchase.Settled", purchase(external_ref="4000056655665556"))
@@ -380,6 +401,9 @@ def test_commands_that_name_an_erased_user_are_refused() -> None:
     assert core.refused("Purchase.Settled", **purchase("secret-user", "pay-2")) == "account_erased"
     assert core.refused("User.SignedUp", user_id="secret-user") == "account_erased"
     assert core.refused("Operation.RecordAndClose", **closing(user_id="secret-user")) == "account_erased"
+    # What would have to wait for an operation does not.
+    assert core.refused("Operation.RecordAndClose", **closing("never", user_id="secret-user")) == "account_erased"
+    assert core.refused("Operation.Cancel", user_id="secret-user", operation_id="never") == "account_erased"
     assert core.refused("Account.Lock", **admin(user_id="secret-user")) == "account_erased"
     assert core.refused("User.Erase", **admin(request_id="e2", user_id="secret-user")) == "account_erased"
 

@@ -178,6 +178,15 @@ def test_locking_and_unlocking_what_is_so_already_is_applied_and_changes_nothing
     assert core.applied("Account.Lock", **admin(user_id="u"))["effects"] == first["effects"] == {"locked": True}
 
 
+def test_unlocking_a_user_never_seen_opens_no_account() -> None:
+    core = opened()
+
+    unlocked = core.applied("Account.Unlock", **admin(user_id="nobody"))
+
+    assert unlocked["effects"] == {"locked": False}
+    assert "balance" not in unlocked
+
+
 REFUSED_CLOSES = [
     ({"operation_id": "other"}, None),
     ({"user_id": "v"}, "operation_not_found"),

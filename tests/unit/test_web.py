@@ -1,17 +1,23 @@
 """The small parts of the web server: allowances, cursors, content negotiation, the table of endpoints."""
 
+import itertools
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from ledger.queries import Cut
+from merchants.tokens import PREFIX
 from schemas.errors import REGISTRY, Code
 from workers.web import paging
+from workers.web.access import Gate
 from workers.web.endpoints import ENDPOINTS
 from workers.web.limits import BUCKETS_MAX, RateLimit
 from workers.web.negotiation import preferred
 from workers.web.problems import ProblemError, problem, response
+from workers.web.settings import WebSettings
 
+SECRET, SCOPE = b"s" * 32, {"path": "/ledger"}
 NOW = datetime(2026, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
 
 
@@ -88,3 +94,24 @@ def test_names_and_paths_of_endpoints_are_unique_and_lists_can_be_walked() -> No
     for endpoint in ENDPOINTS:
         assert endpoint.is_list == ({"cursor", "limit"} <= endpoint.known.keys()), endpoint.name
         assert len(endpoint.known) == len(endpoint.parameters), endpoint.name
+
+
+@pytest.mark.parametrize("size", range(1, 7))
+def test_a_cursor_of_which_any_character_was_changed_is_none(size: int) -> None:
+    written = paging.write(paging.Cursor(["x" * size], Cut(7, NOW)), SECRET, SCOPE)
+    assert paging.read(written, SECRET, SCOPE).key == ["x" * size]
+
+    for at, other in itertools.product((0, len(written) - 1), "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"):
+        changed = written[:at] + other + written[at + 1 :]
+        if changed != written:
+            with pytest.raises(ProblemError):
+                paging.read(changed, SECRET, SCOPE)
+
+
+@pytest.mark.parametrize("credentials", ["Bearer \udce9", f"Bearer {PREFIX}0_\udce9", "Bearer é"])
+async def test_credentials_that_are_no_text_are_not_let_in(credentials: str) -> None:
+    gate = Gate(WebSettings(bootstrap_token="t" * 32), create_async_engine("postgresql+asyncpg://nowhere"), Clock())
+
+    with pytest.raises(ProblemError) as refused:
+        await gate.principal(credentials)
+    assert refused.value.refusal.code == Code.UNAUTHENTICATED

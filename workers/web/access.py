@@ -112,7 +112,8 @@ class Gate:
         """Return who an Authorization header belongs to; raises ``unauthenticated``."""
         scheme, _, credentials = (authorization or "").partition(" ")
         credentials = credentials.strip()
-        if scheme.lower() != "bearer" or not credentials or len(credentials) > BEARER_LENGTH_MAX:
+        is_readable = credentials.isascii() and 0 < len(credentials) <= BEARER_LENGTH_MAX
+        if scheme.lower() != "bearer" or not is_readable:
             raise problem(Code.UNAUTHENTICATED)
         bootstrap = self.settings.bootstrap_token
         if bootstrap and hmac.compare_digest(credentials.encode(), bootstrap.encode()):
