@@ -322,6 +322,7 @@ SELECT day, workflow_id, operation_code, resource_unit, operations, credits, res
     FROM entries WHERE account_id = $1 AND user_seq <= $2 AND reason = 'debit'
         AND ($3::timestamptz IS NULL OR created_at >= $3) AND ($4::timestamptz IS NULL OR created_at < $4)
         AND ($5::text IS NULL OR workflow_id = $5) AND ($8::text IS NULL OR operation_type = $8)
+        AND ($11::text IS NULL OR operation_id = $11)
     GROUP BY 1, 2, 3, 4
 ) u
 WHERE $9::text[] IS NULL
@@ -344,7 +345,8 @@ async def usage(
 ) -> list[Shown]:
     """Sum up what operations cost until a cut, by any of day (in the time zone), workflow_id and operation_code.
 
-    Rows of different resource units stay apart. Filters: from, to (of created_at), workflow_id, operation_code.
+    Rows of different resource units stay apart. Filters: from, to (of created_at), workflow_id, operation_id,
+    operation_code.
     """
     rows = await fetch(
         connection,
@@ -359,6 +361,7 @@ async def usage(
         filters.get("operation_code"),
         after,
         limit,
+        filters.get("operation_id"),
     )
     return [present(dict(row._mapping) | {"resource_amount": format_decimal(row.resource_amount)}) for row in rows]
 

@@ -119,6 +119,8 @@ async def test_usage_adds_up_to_the_debits_however_it_is_grouped(shop: Shop) -> 
     }
     of_one = await shop.api.walk(f"/users/{USER}/ledger", workflow_id="w1")
     assert by_workflow["w1"]["credits"] == -sum(entry["amount"] for entry in of_one)
+    (alone,) = await shop.api.walk(f"/users/{USER}/usage", operation_id=of_one[0]["operation_id"])
+    assert (alone["operations"], alone["credits"]) == (1, -of_one[0]["amount"])
 
 
 async def test_every_entry_can_be_explained_and_what_paid_it_adds_up(shop: Shop) -> None:

@@ -105,6 +105,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
             some_of("group_by", "What to sum up by; by default all three.", "day", "workflow_id", "operation_code"),
             *PERIOD,
             WORKFLOW,
+            OPERATION,
             OPERATION_CODE,
             *PAST,
             *PAGE,
