@@ -182,6 +182,23 @@ async def test_the_database_and_the_model_agree_after_every_batch(
         assert report.ok, report.as_object()
 
 
+async def test_what_a_refused_open_released_names_its_user_again_after_a_crash(control_url: str) -> None:
+    made = await merchant(control_url, "model-nobody", **config(), vat_rates=[])
+    async with clerk(made) as at_work:
+        close = builders.command("Operation.RecordAndClose", closing(), "test", "close", merchant_id="model-nobody")
+        assert await at_work.apply(close) == []
+        refused = builders.command("Operation.Open", opening(), "test", "open", merchant_id="model-nobody")
+
+        first = await at_work.apply(refused)
+        again = await at_work.apply(refused)
+
+        assert [(r["command_id"], r["user_id"], r["error"]["code"]) for r in first] == [
+            ("open", "u", "unknown_operation_type"),
+            ("close", "u", "operation_not_open"),
+        ]
+        assert again == first
+
+
 async def test_a_redelivered_batch_with_a_parked_command_repeats_nothing_for_it(control_url: str) -> None:
     made = await merchant(control_url, "model-parked", **config(), vat_rates=[])
     async with clerk(made) as at_work:
