@@ -13,7 +13,8 @@ from workers.settings import WorkerSettings
 from workers.status import Lookout, MerchantStatus, Status
 
 WATCH_SECONDS = 2.0
-HEAD_LINES = 3  # the line above the table, the names of its columns, and what is left out
+# The summary, the names of the columns, and how many merchants are left out.
+LINES_AROUND = 3
 
 
 async def run(settings: WorkerSettings, console: Console, *, watch: bool = False) -> None:
@@ -65,16 +66,16 @@ def screen(status: Status, before: Status | None = None, *, lines: int | None = 
     for name in ("merchant", "state", "lag", "per s", "applied", "open", "parked", "dead", "attention", "jobs", "gaps"):
         table.add_column(name, justify="left" if name in ("merchant", "state") else "right")
     shown = status.merchants
-    if lines is not None and len(shown) > lines - HEAD_LINES:
-        shown = sorted(shown, key=_calm)[: max(lines - HEAD_LINES, 1)]
+    if lines is not None and len(shown) > lines - LINES_AROUND:
+        shown = sorted(shown, key=_urgent_first)[: max(lines - LINES_AROUND, 1)]
     for merchant in shown:
         table.add_row(*_cells(merchant, found.get(merchant.merchant_id)))
     hidden = len(status.merchants) - len(shown)
     return Group(head, table, *([Text(f"and {hidden} more, with less to look at", style="dim")] if hidden else []))
 
 
-def _calm(merchant: MerchantStatus) -> tuple[bool, bool, int]:
-    """Order merchants: first those in trouble, then those with something for an operator, then by lag."""
+def _urgent_first(merchant: MerchantStatus) -> tuple[bool, bool, int]:
+    """Order merchants: those in trouble, those with something for an operator, then by lag."""
     troubles = ("dead_letters_open", "purchases_needing_attention", "receipts_gaps")
     return merchant.error is None, not any(merchant.gauges.get(name, 0) for name in troubles), -merchant.lag
 

@@ -447,7 +447,8 @@ def lock_account(books: Books, given: Given) -> Effects:
 
 
 def unlock_account(books: Books, given: Given) -> Effects:
-    account = books.account(given.account_id) if given.account_id is not None else None
+    assert given.account_id is not None
+    account = books.account(given.account_id)
     if account is None:
         return {"locked": False}
     if account.locked:

@@ -43,6 +43,8 @@ SendDue = Callable[[Merchant], Awaitable[object]]
 
 PATIENCE_SECONDS = 30.0
 """How long a merchant's own database may keep the commands of other merchants waiting."""
+_DEFECT = "the command could not be decided; the operators know"
+_NO_ANSWER = "the merchant's database does not answer, send the command again when it does"
 # What can be left half done and sent again.
 _CAN_BE_REFUSED = frozenset({"Merchant.Suspend", "Merchant.Resume"})
 
@@ -183,19 +185,15 @@ class Control:
         except Refusal as refusal:
             desk.conclude(row, incoming, refusal, {}, None)
         except Exception as error:
-            if is_trouble(error) or is_race(error):
-                if is_patient or incoming.type not in _CAN_BE_REFUSED:
-                    raise
-                log.exception("a merchant's database does not answer", offset=incoming.offset)
-                message = "the merchant's database does not answer, send the command again when it does"
-                desk.conclude(row, incoming, Refusal(Code.INTERNAL_ERROR, message, {}), {}, None)
-                desk.add(row, incoming)
-                return
-            # A defect of ours must not stop the commands behind this one.
+            is_defect = not (is_trouble(error) or is_race(error))
+            if not is_defect and (is_patient or incoming.type not in _CAN_BE_REFUSED):
+                raise
+            # Neither a defect of ours nor one merchant's database may stop the commands behind this one.
             log.exception("a control command cannot be decided", offset=incoming.offset)
-            defect = Refusal(Code.INTERNAL_ERROR, "the command could not be decided; the operators know", {})
-            desk.conclude(row, incoming, defect, {}, None)
-            desk.dead_letter(incoming, defect)
+            failure = Refusal(Code.INTERNAL_ERROR, _DEFECT if is_defect else _NO_ANSWER, {})
+            desk.conclude(row, incoming, failure, {}, None)
+            if is_defect:
+                desk.dead_letter(incoming, failure)
         else:
             desk.conclude(row, incoming, None, effects, None)
             desk.claim_key(row, incoming)

@@ -297,9 +297,11 @@ class Desk(Reception):
     def decide(self, row: Row, incoming: Incoming) -> None:
         dependency_of = DEPENDENCIES.get(incoming.type)
         dependency = dependency_of(incoming.payload) if dependency_of else None
-        if dependency is not None and not self.is_there(dependency) and not self.is_erased(incoming):
-            self._park(row, incoming, dependency)
-            return
+        if dependency is not None and not self.is_there(dependency):
+            row.account_id = self.account_id(incoming)
+            if not names_erased(incoming, self.account_of(row)):
+                self._park(row, incoming, dependency)
+                return
         self._settle(row, incoming)
         self.add(row, incoming)
         if incoming.type == "User.Erase" and row.outcome == "applied" and row.account_id is not None:
@@ -307,13 +309,6 @@ class Desk(Reception):
         released = self.released_by_job + self._release_after(incoming, row)
         self.released_by_job = []
         row.released = b"".join(released) or None
-
-    def is_erased(self, incoming: Incoming) -> bool:
-        """Tell whether a command names a user who was erased; it is refused for that and waits for nothing."""
-        if not names_user(incoming):
-            return False
-        account = self.books.account(self.account_id_of(incoming.payload.user_id))
-        return account is not None and account.erased_at is not None
 
     def is_there(self, dependency: Dependency) -> bool:
         books = self.books
@@ -328,7 +323,6 @@ class Desk(Reception):
                 return dependency.key in self.fiscal.numbers
 
     def _park(self, row: Row, incoming: Incoming, dependency: Dependency) -> None:
-        row.account_id = self.account_id(incoming)
         now = self.books.now
         waiting = Parked(
             row.identity,
@@ -363,7 +357,7 @@ class Desk(Reception):
         given = Given(incoming.payload, incoming.identity, row.account_id, taken)
         passed = self.books.let_time_pass(account, incoming.identity, opening=incoming.type == "Operation.Open")
         try:
-            if self.is_erased(incoming):
+            if names_erased(incoming, account):
                 raise Refusal(Code.ACCOUNT_ERASED, "the user was erased", {})
             effects = self._effects(incoming, given)
         except Refusal as refusal:
@@ -483,8 +477,10 @@ def member(payload: Any, name: str) -> Any:
     return None if payload is None else payload.__dict__.get(name)
 
 
-def names_user(incoming: Incoming) -> bool:
-    return member(incoming.payload, "user_id") is not None and incoming.type not in _DESPITE_ERASURE
+def names_erased(incoming: Incoming, account: Account | None) -> bool:
+    """Tell whether the user that a command names, and whose account this is, was erased: nothing waits for him."""
+    is_erased = account is not None and account.erased_at is not None
+    return is_erased and member(incoming.payload, "user_id") is not None and incoming.type not in _DESPITE_ERASURE
 
 
 def reported(passed: TimeEffects, effects: dict[str, Any]) -> dict[str, Any] | None:

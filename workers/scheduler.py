@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
-from hashlib import sha256
 from typing import Any
 
 import structlog
@@ -22,6 +21,7 @@ from ledger.model import entry_id_of
 from merchants.databases import Pools
 from merchants.registry import Merchant
 from schemas.canonical import compact_json
+from schemas.envelope import business_key_digest, message_identity
 from schemas.events import command_headers
 from schemas.topics import input_topic
 from workers.publisher import OutMessage, Publisher
@@ -193,7 +193,12 @@ class Search:
         async for jobs in self._operations(known.get("operations", LONG_AGO)):
             yield jobs
         yield [
-            Job("Command.Resolve", self._name(_digest(source, id_), over), {"source": source, "id": id_}, id_)
+            Job(
+                "Command.Resolve",
+                self._name(message_identity(source, id_).hex(), over),
+                {"source": source, "id": id_},
+                id_,
+            )
             for source, id_, over in await fetch(self.connection, _TO_RESOLVE, self.now, PAGE)
         ]
 
@@ -219,7 +224,9 @@ class Search:
             jobs = []
             for expires_at, operation_id, user_id in rows:
                 payload = {"user_id": user_id, "operation_id": operation_id}
-                jobs.append(Job("Operation.Expire", self._name(_digest(operation_id)), payload, user_id))
+                # An operation's id may be as long as a job's name.
+                subject = business_key_digest("Operation.Expire", operation_id).hex()
+                jobs.append(Job("Operation.Expire", self._name(subject), payload, user_id))
                 after = (expires_at, operation_id)
             yield jobs
         # An operation is open for a minute at least, longer than any transaction takes.
@@ -232,11 +239,6 @@ class Search:
     def _name(self, subject: str, *details: str) -> str:
         """Name a job after its subject and the hour: it is sent again in the next one if it came to nothing."""
         return "/".join((subject, *details, hour(self.now)))
-
-
-def _digest(*names: str) -> str:
-    """Stand for names that may be too long for one, or alike."""
-    return sha256("\n".join(names).encode()).hexdigest()[:32]
 
 
 def hour(now: datetime) -> str:

@@ -5,7 +5,7 @@ relied on. What is changed, and why:
 
 - A fetch is handed over as one event per partition (a chunk) instead of one per record, which is 20 times as fast.
 - Transactions are respected (`read_committed`), partitions stay where they are if possible (sticky assignor).
-- Faust's filter of read offsets, its seek to committed offsets after a rebalance and its commits are switched off. A
+- Faust's filter of read offsets is passed by, its seek to committed offsets after a rebalance and commits are off. A
   chunk carries the assignment it was fetched under instead, and nothing is fetched for an assignment before the lanes
   have a lease on it; so what was fetched is either accepted by a lane or fetched again by the next owner.
 - Topics are subscribed to only while the group's coordinator is known: aiokafka's coordination task dies otherwise, and
@@ -144,16 +144,6 @@ class Records:
 
 
 fetcher.MemoryRecords = Records
-
-
-class ReadOffsets(dict[FaustTP, int | None]):
-    """Faust's table of read offsets, made forgetful: its filter would drop what is read again after a seek."""
-
-    def __getitem__(self, tp: FaustTP) -> int | None:
-        return None
-
-    def __setitem__(self, tp: FaustTP, offset: int | None) -> None:
-        pass
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
@@ -386,7 +376,6 @@ class Consumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._read_offset = ReadOffsets()
         self._resumed = asyncio.Event()
 
     def _new_consumer_thread(self) -> ConsumerThread:
@@ -411,13 +400,14 @@ class Consumer(driver.Consumer):
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[FaustTP, Any]]:  # noqa: ASYNC109
         """Hand over what was fetched, one message per partition, whose value is the chunk; yield nothing.
 
-        Faust's loop makes two tasks of each message that is yielded, and waits for them.
+        Faust's loop makes two tasks of each message that is yielded, and waits for them; and it would drop what is read
+        again after a seek.
         """
         chunks = await self._next_chunks(min(timeout, POLL_SECONDS))
         if chunks:
             await self.wait_first(self._hand_over(chunks), self.suspend_flow.wait())
         if len(chunks) > CHUNKS_AT_ONCE:
-            # The broker gets the time to collect more for each: a chunk costs as much as a dozen records.
+            # The broker gets the time to collect more for each.
             await asyncio.sleep(len(chunks) * CHUNK_SECONDS)
         nothing: tuple[FaustTP, Any]
         for nothing in ():

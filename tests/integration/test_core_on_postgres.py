@@ -82,7 +82,7 @@ class Comparison:
         assert found.keys() == expected.keys()
         for of, wanted in expected.items():
             # A result waits here for as many deliveries as asked for it; the publisher repeats it for each.
-            for one, result in zip(in_kinds(wanted), in_kinds(found[of]), strict=False):
+            for one, result in zip(conflicts_last(wanted), conflicts_last(found[of]), strict=False):
                 compare(one, result)
         await self.compare_state()
         if self.random.randrange(4) == 0:
@@ -159,7 +159,7 @@ class Comparison:
         return found
 
 
-def in_kinds(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def conflicts_last(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Order the results of one id: what waits for a receipt of its batch is answered after a conflict with it."""
     return sorted(results, key=lambda one: (one.get("code") or one.get("error", {}).get("code")) == CONFLICT)
 
