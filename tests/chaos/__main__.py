@@ -107,7 +107,9 @@ async def reveal(bug: str | None, root: Path, jars: Path) -> list[str]:
         async with Points(cluster.bootstrap_servers, cluster.database_url(), bug=bug) as points:
             cases = [case for name, (some, _) in REVEALING.items() if bug in (None, name) for case in some]
             zombies = [point for name, (_, some) in REVEALING.items() if bug in (None, name) for point in some]
-            return list((await run_cases(points, cases, zombies, lambda _: None))["findings"])
+            verdict = await run_cases(points, cases, zombies, lambda _: None)
+            # How a process ended tells as much as what it left: one that lost its partition must not go on to its end.
+            return [*(failure.splitlines()[0][:80] for failure in points.failures), *verdict["findings"]]
     finally:
         await asyncio.to_thread(cluster.stop)
 
