@@ -1,6 +1,7 @@
 """The processes that chaos strikes: PostgreSQL, Kafka and workers of one folder, with proxies before both services."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,11 @@ class Worker:
     served: Callable[[], bool] = bool
 
 
+def _worker_daemon(state: Path, name: str) -> Daemon:
+    pid_file = state / "run" / f"{name}.pid"
+    return Daemon(pid_file, f"pidfile={pid_file}", state / "logs" / f"{name}.log")
+
+
 class Cluster:
     """Services, proxies and workers of one folder.
 
@@ -85,17 +91,27 @@ class Cluster:
 
     def __init__(self, root: Path, jars: Path, environment: dict[str, str] | None = None) -> None:
         self.state = root.resolve() / ".credits"
+        self._clear(jars)
         for folder, mode in ((self.state, 0o711), (self.state / "logs", 0o700), (self.state / "run", 0o700)):
             folder.mkdir(mode=mode, parents=True, exist_ok=True)
         self.postgres = Postgres(self.state)
         self.kafka = ProxiedKafka(self.state, jars.resolve(), Console(stderr=True))
         self.workers: dict[str, Worker] = {}
         self.exits: list[Exit] = []
-        self.has_disk = False
         self._environment = environment or {}
         self._proxies: list[Proxy] = []
         # Who starts a worker and who looks after it are different threads.
         self._starting = threading.RLock()
+
+    def _clear(self, jars: Path) -> None:
+        """End and remove what a run that was killed left in the folder."""
+        for pid_file in self.state.glob("run/*.pid"):
+            _worker_daemon(self.state, pid_file.stem).kill()
+        if self.state.exists():
+            ProxiedKafka(self.state, jars.resolve(), Console(stderr=True)).stop()
+            Postgres(self.state).stop()
+        self._remove_disk()
+        shutil.rmtree(self.state, ignore_errors=True)
 
     @property
     def bootstrap_servers(self) -> str:
@@ -140,9 +156,7 @@ class Cluster:
             proxy.close()
         self.kafka.stop()
         self.postgres.stop()
-        if self.has_disk:
-            subprocess.run(["umount", str(self.data)], check=True)
-            self.has_disk = False
+        self._remove_disk()
 
     # A disk that can be full
 
@@ -167,10 +181,13 @@ class Cluster:
             self.data.rmdir()
             aside.rename(self.data)
             return f"mounting a small disk failed: {done.stderr.strip()}"
-        self.has_disk = True
         subprocess.run(["cp", "-a", f"{aside}/.", str(self.data)], check=True)
         subprocess.run(["rm", "-rf", str(aside)], check=True)
         return None
+
+    def _remove_disk(self) -> None:
+        if self.data.is_mount():
+            subprocess.run(["umount", str(self.data)], check=True)
 
     def fill_disk(self) -> None:
         """Take all the room that is left."""
@@ -193,9 +210,7 @@ class Cluster:
     def _start_worker(self, name: str, fault: str | None) -> None:
         worker = self.workers.get(name)
         if worker is None:
-            pid_file = self.state / "run" / f"{name}.pid"
-            log = self.state / "logs" / f"{name}.log"
-            worker = self.workers[name] = Worker(name, Daemon(pid_file, f"pidfile={pid_file}", log))
+            worker = self.workers[name] = Worker(name, _worker_daemon(self.state, name))
         assert worker.daemon.find() is None, f"{name} runs already"
         environment = self.environment | {"CREDITS_WEB_PORT": str(free_port())}
         if fault:

@@ -246,7 +246,7 @@ class Points:
 
     Attributes:
         bug: planted in the processes.
-        failures: what went wrong on the way; the judge has the last word.
+        failures: how processes ended that should have ended otherwise; part of the verdict.
         repeats_max: so many results may be repeated: those of batches that were published and not noted so.
     """
 
@@ -313,8 +313,14 @@ class Points:
         await self.deliver(await self.send([self._message(type_, payload) for type_, payload in made]))
 
     async def judge(self) -> Json:
-        """Return the judge's verdict."""
-        return await ask_judge(self.servers, self.control_url, merchants=[self.merchant], repeats_max=self.repeats_max)
+        """Return the judge's verdict, and that on how processes ended: one that lost its partition must not go on."""
+        verdict = await ask_judge(
+            self.servers, self.control_url, merchants=[self.merchant], repeats_max=self.repeats_max
+        )
+        if self.failures:
+            what = "a process did not end as it should"
+            verdict["findings"][what], verdict["examples"][what] = len(self.failures), self.failures
+        return verdict
 
     def _message(self, type_: str, payload: Json) -> Message:
         return command(self.merchant, type_, payload, f"c-{next(self._numbers)}")

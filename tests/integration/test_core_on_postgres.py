@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -72,17 +72,11 @@ class Comparison:
         records = [self.record(message) for message in messages]
         results = await self.clerk.apply(*records)
         now = await self.newest()
-        expected: dict[Any, list[dict[str, Any]]] = {}
-        for message in messages:
-            for result in self.model.deliver(message, now):
-                expected.setdefault(result["of"], []).append(result)
-        found: dict[Any, list[dict[str, Any]]] = {}
-        for result in results:
-            found.setdefault((result["command_source"], result["command_id"]), []).append(result)
-        assert found.keys() == expected.keys()
-        for of, wanted in expected.items():
-            # A result waits here for as many deliveries as asked for it; the publisher repeats it for each.
-            for one, result in zip(conflicts_last(wanted), conflicts_last(found[of]), strict=False):
+        expected = [(result["of"], result) for message in messages for result in self.model.deliver(message, now)]
+        found = by_answer(((result["command_source"], result["command_id"]), result) for result in results)
+        assert found.keys() == by_answer(expected).keys()
+        for of, one in expected:
+            for result in found[answer(of, one)]:
                 compare(one, result)
         await self.compare_state()
         if self.random.randrange(4) == 0:
@@ -159,9 +153,19 @@ class Comparison:
         return found
 
 
-def conflicts_last(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order the results of one id: what waits for a receipt of its batch is answered after a conflict with it."""
-    return sorted(results, key=lambda one: (one.get("code") or one.get("error", {}).get("code")) == CONFLICT)
+def answer(of: tuple[str, str], result: dict[str, Any]) -> tuple[Any, ...]:
+    """Return which of the answers to a message a result is: its own, or a conflict of another content with it.
+
+    How often each is there tells nothing: the publisher repeats a result for every delivery that asked for it.
+    """
+    return *of, (result.get("code") or result.get("error", {}).get("code")) == CONFLICT
+
+
+def by_answer(results: Iterable[tuple[tuple[str, str], dict[str, Any]]]) -> dict[Any, list[dict[str, Any]]]:
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for of, result in results:
+        found.setdefault(answer(of, result), []).append(result)
+    return found
 
 
 @pytest.mark.parametrize("history", range(HISTORIES))
