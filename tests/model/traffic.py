@@ -1,7 +1,7 @@
 """Makes up traffic for the model and the product: commands of the whole catalogue, good, bad, late and repeated."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
@@ -340,6 +340,19 @@ class Traffic:
         known = [w["of"] for w in waiting] or [(SOURCE, "nothing")]
         source, id_ = self.random.choice(known)
         return "Command.Resolve", {"source": source, "id": id_}
+
+
+def by_answer(results: Iterable[dict[str, Any]]) -> dict[Any, list[dict[str, Any]]]:
+    """Group results by the message and by whether it is its own or that of another content under the same identity.
+
+    The order of the two is left open: what waits for a receipt of its batch is answered after a conflict with it.
+    """
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for result in results:
+        of = result.get("of") or (result["command_source"], result["command_id"])
+        code = result.get("code") or result.get("error", {}).get("code")
+        found.setdefault((*of, code == "idempotency_conflict"), []).append(result)
+    return found
 
 
 def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 
 from tests.core import Core, config
 from tests.model.ledger import Ledger
-from tests.model.traffic import WAITS, Traffic, compare, first_catalogue
+from tests.model.traffic import WAITS, Traffic, by_answer, compare, first_catalogue
 
 STEPS = int(os.environ.get("HYPOTHESIS_STEPS", "2000"))
 STEPS_A_HISTORY = 50
@@ -51,17 +51,12 @@ class CoreAndModel(RuleBasedStateMachine):
     def send(self, messages: list[dict[str, Any]]) -> None:
         for message in messages:
             message.setdefault("record_time", self.core.now - message.get("late_by", timedelta(0)))
-        expected: dict[Any, list[dict[str, Any]]] = {}
-        for message in messages:
-            for result in self.model.deliver(message, self.core.now):
-                expected.setdefault(result["of"], []).append(result)
-        found: dict[Any, list[dict[str, Any]]] = {}
-        for result in self.core.batch(messages):
-            found.setdefault((result["command_source"], result["command_id"]), []).append(result)
+        expected = by_answer(result for message in messages for result in self.model.deliver(message, self.core.now))
+        found = by_answer(self.core.batch(messages))
         assert found.keys() == expected.keys()
-        for of, results in expected.items():
-            assert len(found[of]) == len(results), of
-            for wanted, result in zip(results, found[of], strict=True):
+        for which, results in expected.items():
+            assert len(found[which]) == len(results), which
+            for wanted, result in zip(results, found[which], strict=True):
                 compare(wanted, result)
         self.compare_state()
 
