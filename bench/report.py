@@ -156,6 +156,7 @@ def growth_chart(points: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     series = (
         ("throughput", "commands_per_second", SERVICE),
+        ("throughput after a checkpoint", "after_checkpoint_per_second", LIMIT),
         ("balance p99", "balance_p99_ms", BASELINE),
         ("ledger page p99", "ledger_p99_ms", "#6a994e"),
         ("lots p99", "lots_p99_ms", "#bc8a3d"),
@@ -209,7 +210,8 @@ def _machine_text(machine: dict[str, Any]) -> str:
         f"Measured on {machine['cores']} cores of {machine['processor']} with {machine['memory_gib']} GiB, shared by "
         f"everything, an 8 KiB write reaching the disk in {machine['fsync_p50_ms']} ms; Python {machine['python']}, "
         f"PostgreSQL {postgres['server_version']} (fsync {postgres['fsync']}, synchronous_commit "
-        f"{postgres['synchronous_commit']}, {postgres['shared_buffers']} of buffers), Kafka {machine['kafka']}; "
+        f"{postgres['synchronous_commit']}, {postgres['shared_buffers']} of buffers, at most {postgres['max_wal_size']} "
+        f"of WAL), Kafka {machine['kafka']}; "
         f"workers: {machine['workers']}, at most {machine['batch_max']:,} commands a batch; commit {machine['commit']}."
     )
 
@@ -232,8 +234,14 @@ def _scenarios_text(lines: dict[str, Line], idle: float | None) -> str:
 
 
 def _growth_text(growth: dict[str, Any]) -> str:
-    keys = ("commands_per_second", "balance_p99_ms", "ledger_p99_ms", "lots_p99_ms", "worker_memory_mib")
-    heads = ("entries", "commands/s", "balance p99 ms", "ledger page p99 ms", "lots p99 ms", "worker MiB")
+    keys = (
+        *("commands_per_second", "after_checkpoint_per_second"),
+        *("balance_p99_ms", "ledger_p99_ms", "lots_p99_ms", "worker_memory_mib"),
+    )
+    heads = (
+        *("entries", "commands/s", "after a checkpoint"),
+        *("balance p99 ms", "ledger page p99 ms", "lots p99 ms", "worker MiB"),
+    )
     rows = [(f"{point['entries']:,}", *(f"{point[key]:,}" for key in keys)) for point in growth["points"]]
     lots = growth["lots"]
     debits = (
@@ -245,7 +253,10 @@ def _growth_text(growth: dict[str, Any]) -> str:
     change = "At the end, in % of the empty ledger: " + ", ".join(
         f"{head} {100 * last[key] / first[key]:.0f}" for head, key in zip(heads[1:], keys, strict=True)
     )
-    return "\n\n".join(["### Growth", "![growth](performance-growth.svg)", _grid(heads, rows), change + ".", debits])
+    postgres = growth["machine"]["postgres"]
+    setting = f"With {postgres['shared_buffers']} of buffers and at most {postgres['max_wal_size']} of WAL."
+    figure = "![growth](performance-growth.svg)"
+    return "\n\n".join(["### Growth", setting, figure, _grid(heads, rows), change + ".", debits])
 
 
 def _startup_text(startup: dict[str, Any]) -> str:

@@ -28,7 +28,6 @@ SETTINGS = {
     "fsync": "on",
     "synchronous_commit": "on",
     "full_page_writes": "on",
-    "max_wal_size": "4GB",
     "min_wal_size": "256MB",
     # This build knows only pglz, which takes longer over a page than the disk does. Others should say lz4.
     "wal_compression": "off",
@@ -150,6 +149,8 @@ class Postgres:
             **SETTINGS,
             "port": str(remembered_port(self._port_file)),
             "shared_buffers": os.environ.get("CREDITS_POSTGRES_SHARED_BUFFERS", "256MB"),
+            # After a checkpoint each page is written whole once; this is how much WAL there is between two.
+            "max_wal_size": os.environ.get("CREDITS_POSTGRES_MAX_WAL_SIZE", "4GB"),
         }
         file = self._data / "postgresql.conf"
         file.write_text("".join(f"{name} = '{value}'\n" for name, value in settings.items()))

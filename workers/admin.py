@@ -54,6 +54,19 @@ async def ensure_topics(
         await admin.close()
 
 
+async def existing_topics(bootstrap_servers: str, security: Mapping[str, Any] | None = None) -> set[str]:
+    """Return the names of all topics.
+
+    Raises:
+        KafkaError: the broker can't be reached.
+    """
+    admin = await connect_admin(bootstrap_servers, security or {})
+    try:
+        return set(await admin.list_topics())
+    finally:
+        await admin.close()
+
+
 async def _create(admin: AIOKafkaAdminClient, topics: Mapping[str, TopicSpec]) -> None:
     wanted = [
         # The broker's default replication is accepted only with an (empty) assignment of replicas.
@@ -85,4 +98,4 @@ def _have_leaders(partitions: Iterable[Mapping[str, Any]]) -> bool:
     return all(partition["error_code"] == 0 and partition["leader"] >= 0 for partition in partitions)
 
 
-__all__ = ["KafkaError", "TopicMismatchError", "TopicSpec", "ensure_topics"]
+__all__ = ["KafkaError", "TopicMismatchError", "TopicSpec", "ensure_topics", "existing_topics"]

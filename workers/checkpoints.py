@@ -9,7 +9,7 @@ entry counts, heads and document numbers named there must still be found.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -18,7 +18,6 @@ from typing import Any
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
@@ -27,7 +26,7 @@ from merchants.registry import Merchant
 from schemas.canonical import compact_json, format_time
 from schemas.codec import parse_time
 from schemas.events import event_headers, own_source
-from workers.admin import TopicSpec, ensure_topics
+from workers.admin import TopicSpec, ensure_topics, existing_topics
 from workers.lanes import TP
 from workers.metrics import looks_after
 from workers.publisher import OutMessage, Publisher
@@ -185,15 +184,29 @@ class Checkpointer:
 
     async def run_once(self) -> None:
         """Publish one checkpoint of each of this worker's merchants; trouble with one is logged, not raised."""
-        for name, partitions in sorted(self.assigned().items()):
-            merchant = self.merchants.get(name)
-            if merchant is None or not looks_after(name, partitions):
-                continue
+        mine = [
+            self.merchants[name]
+            for name, partitions in sorted(self.assigned().items())
+            if name in self.merchants and looks_after(name, partitions)
+        ]
+        await self._look_for_topics(mine)
+        for merchant in mine:
             try:
                 await self.publish(merchant)
-            except (SQLAlchemyError, KafkaError, OSError, TimeoutError) as error:
+            except Exception as error:
                 self.errors += 1
-                log.warning("no checkpoint", merchant=name, error=repr(error)[:500])
+                log.warning("no checkpoint", merchant=merchant.merchant_id, error=repr(error)[:500])
+
+    async def _look_for_topics(self, mine: Sequence[Merchant]) -> None:
+        """Find out in one question which topics exist: the answer names those of all merchants, however it is asked."""
+        unknown = {merchant.merchant_id for merchant in mine} - self._ensured
+        if unknown:
+            try:
+                existing = await existing_topics(self.bootstrap_servers, self.security)
+            except (KafkaError, OSError, TimeoutError) as error:
+                log.warning("the topics are not known", error=repr(error)[:500])
+            else:
+                self._ensured |= {name for name in unknown if checkpoints_topic(name) in existing}
 
     async def publish(self, merchant: Merchant) -> Checkpoint:
         """Take and publish a checkpoint of one merchant, whose topic is made first if it does not exist."""

@@ -17,7 +17,6 @@ import structlog
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import QueuePool
 
@@ -411,7 +410,7 @@ class Sampler:
             self.metrics.samples.setdefault(name, Sample(time.monotonic()))
             try:
                 await self._look(self.merchants[name])
-            except (SQLAlchemyError, OSError, TimeoutError) as error:
+            except Exception as error:
                 self.errors += 1
                 log.warning("a database is not sampled", merchant=name, error=repr(error)[:500])
 
