@@ -210,8 +210,8 @@ def _machine_text(machine: dict[str, Any]) -> str:
         f"Measured on {machine['cores']} cores of {machine['processor']} with {machine['memory_gib']} GiB, shared by "
         f"everything, an 8 KiB write reaching the disk in {machine['fsync_p50_ms']} ms; Python {machine['python']}, "
         f"PostgreSQL {postgres['server_version']} (fsync {postgres['fsync']}, synchronous_commit "
-        f"{postgres['synchronous_commit']}, {postgres['shared_buffers']} of buffers, at most {postgres['max_wal_size']} "
-        f"of WAL), Kafka {machine['kafka']}; "
+        f"{postgres['synchronous_commit']}, {postgres['shared_buffers']} of buffers, {postgres['max_wal_size']} "
+        f"of WAL at most), Kafka {machine['kafka']}; "
         f"workers: {machine['workers']}, at most {machine['batch_max']:,} commands a batch; commit {machine['commit']}."
     )
 
