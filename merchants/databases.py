@@ -7,6 +7,7 @@ import asyncio
 from collections import OrderedDict
 from typing import Any
 
+import asyncpg
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -40,6 +41,28 @@ CONTROL_SETTINGS = {
 }
 
 
+# Below this the numbers of types are given by hand, and the same in every database of every release
+# (`access/transam.h`, FirstGenbkiObjectId).
+_BUILTIN_OIDS_END = 10_000
+_builtin_types: dict[frozenset[int], Any] = {}
+
+
+class Connection(asyncpg.Connection):
+    """A connection that asks for PostgreSQL's own types once in a process.
+
+    asyncpg asks on each connection for each array type that it meets, with three statements that take 3 ms.
+    """
+
+    async def _introspect_types(self, typeoids: Any, *limit: Any) -> Any:
+        wanted = frozenset(typeoids)
+        if (known := _builtin_types.get(wanted)) is not None:
+            return known
+        found = await super()._introspect_types(typeoids, *limit)  # type: ignore[misc]  # a private name
+        if max(wanted) < _BUILTIN_OIDS_END:
+            _builtin_types[wanted] = found
+        return found
+
+
 def engine_url(url: str, *, password: str | None = None) -> URL:
     """Turn a plain ``postgresql://`` URL into one for SQLAlchemy over asyncpg."""
     parsed = make_url(url).set(drivername="postgresql+asyncpg")
@@ -67,7 +90,7 @@ def create_unpooled_engine(url: URL, settings: dict[str, str], **options: Any) -
 
 
 def connect_args(settings: dict[str, str]) -> dict[str, Any]:
-    return {"server_settings": settings, "timeout": 10, "command_timeout": 60}
+    return {"server_settings": settings, "timeout": 10, "command_timeout": 60, "connection_class": Connection}
 
 
 class Pools:

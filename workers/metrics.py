@@ -5,11 +5,12 @@ whatever its sender wrote. Times are from the broker's record time to the acknow
 decision looks at them.
 """
 
+import asyncio
 import logging
 import time
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ SIZES = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 # So many of the accounts that batches touched are looked at in each pass of the sampler.
 ACCOUNTS_SAMPLED = 50
 ENTRIES_SAMPLED_MAX = 10_000
+SAMPLE_SECONDS = 15.0
+SAMPLES_A_SECOND = 3
 
 
 class Distribution:
@@ -401,18 +404,32 @@ class Sampler:
     assigned: Callable[[], Mapping[str, set[TP]]]
     errors: int = field(default=0)
 
-    async def run_once(self) -> None:
-        """Look at each of this worker's merchants; one whose database is away keeps its last figures."""
+    async def run(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """Look at each merchant every `SAMPLE_SECONDS`, with many of them less often: connections are dear."""
+        await sleep(SAMPLE_SECONDS)
+        while True:
+            names = self.names()
+            for name in names:
+                await self.look(name)
+                await sleep(max(SAMPLE_SECONDS / len(names), 1 / SAMPLES_A_SECOND))
+            if not names:
+                await sleep(SAMPLE_SECONDS)
+
+    def names(self) -> list[str]:
+        """Return the merchants this worker looks after, and forget the figures of others."""
         mine = {name for name, partitions in self.assigned().items() if name and looks_after(name, partitions)}
         for name in self.metrics.samples.keys() - mine:
             del self.metrics.samples[name]
-        for name in sorted(mine & self.merchants.keys()):
-            self.metrics.samples.setdefault(name, Sample(time.monotonic()))
-            try:
-                await self._look(self.merchants[name])
-            except Exception as error:
-                self.errors += 1
-                log.warning("a database is not sampled", merchant=name, error=repr(error)[:500])
+        return sorted(mine & self.merchants.keys())
+
+    async def look(self, name: str) -> None:
+        """Look at a merchant; one whose database is away keeps its last figures."""
+        self.metrics.samples.setdefault(name, Sample(time.monotonic()))
+        try:
+            await self._look(self.merchants[name])
+        except Exception as error:
+            self.errors += 1
+            log.warning("a database is not sampled", merchant=name, error=repr(error)[:500])
 
     async def _look(self, merchant: Merchant) -> None:
         name = merchant.merchant_id

@@ -5,7 +5,7 @@ done already, and its id makes a repetition a duplicate.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 SOURCE = "/credits/scheduler"
 LOCK_KEY = 7_203_155_002
 PAGE = 1_000
-MERCHANTS_A_SECOND = 10
+MERCHANTS_A_SECOND = 5
 LOOK_SECONDS_MAX = 15.0
 INSTANT = timedelta(microseconds=1)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
@@ -64,7 +64,7 @@ class Scheduler:
     """Passes over all merchants, by one process at a time (an advisory lock in the control database).
 
     A merchant is looked at every ``period`` seconds, less and less often while nothing is found, with many merchants
-    at most ten a second: connections are dear.
+    at most five a second: connections are dear.
     """
 
     control: AsyncEngine
@@ -76,8 +76,8 @@ class Scheduler:
     _sent: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
     _partitioned: dict[str, date] = field(default_factory=dict)
 
-    async def run(self) -> None:
-        """Send what is due, as long as the process lives."""
+    async def run(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """Send what is due, for ever."""
         while True:
             merchants_seen = 0
             try:
@@ -86,7 +86,7 @@ class Scheduler:
                 # The control database may be away; the next pass does what this one missed.
                 self.errors += 1
                 log.warning("a pass of the scheduler failed", error=repr(error)[:500])
-            await asyncio.sleep(max(self.period, merchants_seen / MERCHANTS_A_SECOND))
+            await sleep(max(self.period, merchants_seen / MERCHANTS_A_SECOND))
 
     async def run_once(self) -> int:
         """Send what is due for every active merchant, unless another process is doing so; returns their number."""

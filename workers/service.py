@@ -45,7 +45,7 @@ from workers.settings import WorkerSettings
 log = structlog.get_logger(__name__)
 
 CONTROL_LANE = ""
-SAMPLE_SECONDS = 15
+BACKGROUND_SECONDS_MAX = 2
 THIRTY_DAYS_MS = str(30 * 86_400_000)
 
 
@@ -108,6 +108,7 @@ class Service:
         self.pipeline.observers.append(lambda merchant, _: self.scheduler.stir(merchant))
         self.control.observers.append(self.metrics.answered)
         self._tasks: list[asyncio.Task[None]] = []
+        self._ending = asyncio.Event()
         self.app: App = create_app(
             settings,
             self,
@@ -147,16 +148,18 @@ class Service:
         await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
         await self.publisher.start()
         self._tasks = [
-            asyncio.create_task(self.scheduler.run(), name="scheduler"),
+            asyncio.create_task(self.scheduler.run(self._sleep), name="scheduler"),
             asyncio.create_task(self._close_idle_pools(), name="idle pools"),
-            asyncio.create_task(self._sample(), name="sampler"),
-            asyncio.create_task(self.checkpointer.run(), name="checkpoints"),
+            asyncio.create_task(self.sampler.run(self._sleep), name="sampler"),
+            asyncio.create_task(self.checkpointer.run(self._sleep), name="checkpoints"),
         ]
 
     async def _stop(self) -> None:
-        for task in self._tasks:
+        self._ending.set()
+        _, late = await asyncio.wait(self._tasks, timeout=BACKGROUND_SECONDS_MAX) if self._tasks else ((), ())
+        for task in late:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
         await self.publisher.stop()
         for pools in (self.writers, self.readers, self.jobs):
             await pools.close()
@@ -188,11 +191,15 @@ class Service:
 
     async def _close_idle_pools(self) -> None:
         while True:
-            await asyncio.sleep(self.settings.idle_seconds / 4)
+            await self._sleep(self.settings.idle_seconds / 4)
             for pools in (self.writers, self.readers, self.jobs):
                 await pools.close_idle(self.settings.idle_seconds)
 
-    async def _sample(self) -> None:
-        while True:
-            await asyncio.sleep(SAMPLE_SECONDS)
-            await self.sampler.run_once()
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, and end the task that does so when the process ends: here, and not within a statement."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
+        except TimeoutError:
+            return
+        raise asyncio.CancelledError

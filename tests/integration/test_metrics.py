@@ -1,5 +1,6 @@
 """What a worker counts and logs of its batches, against a real database and broker."""
 
+import asyncio
 import logging
 import secrets
 import time
@@ -122,7 +123,7 @@ async def test_a_merchants_database_is_sampled_and_a_broken_account_is_noticed(s
     shop.send("Refund.Apply", refund_id="r", external_ref="unknown", **admin)
     await shop.work()
 
-    await sampler.run_once()
+    await look(sampler)
     found = read(metrics)
     assert found["credits_open_operations", labels(name)] == 2
     assert found["credits_parked_commands", labels(name)] == 1
@@ -135,16 +136,47 @@ async def test_a_merchants_database_is_sampled_and_a_broken_account_is_noticed(s
     shop.send("Account.Lock", user_id="bob", **admin)
     shop.send("Account.Lock", user_id="eve", **admin)
     await shop.work()
-    await sampler.run_once()
+    await look(sampler)
     found = read(metrics)
     assert found["credits_invariant_violations_total", labels(name, "balance is the sum of entries")] == 1
     assert found["credits_invariant_violations_total", labels(name, "balance is remaining less debt")] == 1
     assert found["credits_invariant_violations_total", labels(name, "debt is what the debts sum to")] == 0
 
     sampler.assigned = dict
-    await sampler.run_once()
+    await look(sampler)
     assert ("credits_open_operations", labels(name)) not in read(metrics)
     await readers.close()
+
+
+async def look(sampler: Sampler) -> None:
+    for name in sampler.names():
+        await sampler.look(name)
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(0, 15), (1, 15), (30, 0.5), (90, 1 / 3)])
+async def test_many_merchants_are_looked_at_less_often(
+    metrics: Metrics, number: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"m{n}" for n in range(number)]
+    sampler = Sampler(metrics, Pools({}, pool_size=1, merchants_max=1), {}, dict)
+    looked: list[str] = []
+    slept: list[float] = []
+
+    async def look(name: str) -> None:
+        looked.append(name)
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) > 2 * max(number, 1):
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(sampler, "names", lambda: names)
+    monkeypatch.setattr(sampler, "look", look)
+    with pytest.raises(asyncio.CancelledError):
+        await sampler.run(sleep)
+
+    assert looked == 2 * names
+    assert slept == [15] + [seconds] * 2 * max(number, 1)
 
 
 async def test_a_database_that_never_answered_has_an_age(shop: Shop, metrics: Metrics) -> None:
@@ -152,9 +184,9 @@ async def test_a_database_that_never_answered_has_an_age(shop: Shop, metrics: Me
     gone = replace(shop.merchant, database_url=shop.merchant.database_url + "_gone")
     readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
     sampler = Sampler(metrics, readers, {name: gone}, lambda: assigned(shop))
-    await sampler.run_once()
+    await look(sampler)
     first = read(metrics)["credits_sample_age_seconds", labels(name)]
-    await sampler.run_once()
+    await look(sampler)
 
     assert sampler.errors == 2
     assert read(metrics)["credits_sample_age_seconds", labels(name)] > first

@@ -1,0 +1,45 @@
+"""Connections to PostgreSQL, which are dear."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+import pytest
+
+from catalog.sql import fetch
+from merchants.databases import WRITER_SETTINGS, create_engine, engine_url
+from tests.services import Services
+
+NUMBERS = "SELECT unnest($1::bigint[]), unnest($2::oid[])"
+
+
+async def test_types_of_postgresql_are_asked_for_once_in_a_process(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Sequence[int]] = []
+    ask = asyncpg.Connection._introspect_types  # type: ignore[attr-defined]
+
+    async def noted(self: Any, oids: Sequence[int], *limit: Any) -> Any:
+        asked.append(oids)
+        return await ask(self, oids, *limit)
+
+    monkeypatch.setattr(asyncpg.Connection, "_introspect_types", noted)
+    monkeypatch.setattr("merchants.databases._builtin_types", {})
+    for _ in range(3):
+        engine = create_engine(engine_url(services.database_url("postgres")), WRITER_SETTINGS, pool_size=1)
+        async with engine.connect() as connection:
+            assert list(await fetch(connection, NUMBERS, [1, 2], [3, 4])) == [(1, 3), (2, 4)]
+        await engine.dispose()
+
+    assert len(asked) == 1
+
+
+async def test_types_made_in_a_database_are_asked_for_on_each_connection(services: Services) -> None:
+    for number in range(2):
+        engine = create_engine(engine_url(services.database_url("postgres")), WRITER_SETTINGS, pool_size=1)
+        async with engine.begin() as connection:
+            # Another type of the same name, with another number.
+            await connection.exec_driver_sql(f"CREATE TYPE pg_temp.colour AS ENUM ('red', 'shade {number}')")
+            rows = await fetch(connection, "SELECT unnest($1::pg_temp.colour[])::text", ["red", f"shade {number}"])
+            assert [row[0] for row in rows] == ["red", f"shade {number}"]
+        await engine.dispose()
