@@ -254,7 +254,10 @@ def _growth_text(growth: dict[str, Any]) -> str:
         f"{head} {100 * last[key] / first[key]:.0f}" for head, key in zip(heads[1:], keys, strict=True)
     )
     postgres = growth["machine"]["postgres"]
-    setting = f"With {postgres['shared_buffers']} of buffers and at most {postgres['max_wal_size']} of WAL."
+    setting = (
+        f"With {postgres['shared_buffers']} of buffers and at most {postgres['max_wal_size']} of WAL; commit "
+        f"{growth['machine']['commit']}."
+    )
     figure = "![growth](performance-growth.svg)"
     return "\n\n".join(["### Growth", setting, figure, _grid(heads, rows), change + ".", debits])
 
