@@ -4,9 +4,11 @@ import secrets
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
+from aiokafka import TopicPartition as TP
 
 from merchants.databases import READER_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
 from merchants.schema import migrate, on_database
+from schemas.topics import input_topic
 from tests.integration.shop import Shop, open_shop
 from tests.integration.test_restore import admin, purchase
 from tests.services import Services
@@ -54,6 +56,28 @@ async def test_a_tail_that_was_cut_off_is_seen(shop: Shop) -> None:
         await connection.rollback()
     await engine.dispose()
     assert [problem.partition(":")[0] for problem in problems] == ["entries", "accounts", "accounts_sha256"]
+    await readers.close()
+
+
+async def test_the_worker_with_a_merchants_jobs_publishes_its_checkpoints_by_itself(shop: Shop) -> None:
+    name, servers = shop.merchant.merchant_id, shop.settings.kafka_bootstrap_servers
+    readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
+    partitions: dict[str, set[TP]] = {name: {TP(input_topic(name, "purchases"), 0)}, "unknown": set()}
+    cuts = set()
+    for process in range(2):
+        # The topic is there already for the second one.
+        checkpointer = Checkpointer(readers, shop.publisher, servers, {}, {name: shop.merchant}, lambda: partitions)
+        if process == 0:
+            await checkpointer.run_once()
+            assert await last_checkpoint(servers, name) is None
+        partitions[name].add(TP(input_topic(name, "jobs"), 0))
+        for _ in range(2):
+            await checkpointer.run_once()
+            checkpoint = await last_checkpoint(servers, name)
+            assert checkpoint is not None
+            cuts.add(checkpoint.cut)
+        assert checkpointer.errors == 0
+    assert len(cuts) == 4
     await readers.close()
 
 
