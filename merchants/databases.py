@@ -103,6 +103,10 @@ class Pools:
         self._engines: OrderedDict[str, AsyncEngine] = OrderedDict()
         self._used_at: dict[str, float] = {}
 
+    def has(self, merchant_id: str) -> bool:
+        """Tell whether a merchant's engine is there already."""
+        return merchant_id in self._engines
+
     async def engine(self, merchant_id: str, database_url: str, password: str) -> AsyncEngine:
         """Return a merchant's engine; may close that of the merchant not used for the longest time."""
         engine = self._engines.get(merchant_id)

@@ -111,11 +111,19 @@ def is_race(error: BaseException) -> bool:
 
 
 class Pipeline:
-    """The handler of merchants' lanes."""
+    """The handler of merchants' lanes.
 
-    def __init__(self, publisher: Publisher, pools: Pools, *, resource_amount_max: Decimal) -> None:
+    Args:
+        publisher: of all that the merchants' batches put out.
+        pools: of writers, for batches.
+        quiet: of fewer writers, for merchants without batches.
+        resource_amount_max: the most that one operation may have used.
+    """
+
+    def __init__(self, publisher: Publisher, pools: Pools, quiet: Pools, *, resource_amount_max: Decimal) -> None:
         self._publisher = publisher
         self._pools = pools
+        self._quiet = quiet
         self._resource_amount_max = resource_amount_max
         self._merchants: dict[str, Merchant] = {}
         self._desks: dict[str, Desk] = {}
@@ -176,7 +184,9 @@ class Pipeline:
         if not (unclaimed or news):
             return
         try:
-            engine = await self._engine(known)
+            # The first assignment of a worker names merchants by the hundred.
+            pools = self._pools if self._pools.has(merchant) else self._quiet
+            engine = await self._engine(known, pools)
             async with engine.begin() as connection:
                 if unclaimed:
                     await positions.take_over(connection, unclaimed, Claim(lease.worker_id, lease.generation))
@@ -193,8 +203,9 @@ class Pipeline:
         lease.first -= unclaimed
         noted |= news
 
-    async def _engine(self, merchant: Merchant) -> AsyncEngine:
-        return await self._pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)
+    async def _engine(self, merchant: Merchant, pools: Pools | None = None) -> AsyncEngine:
+        pools = pools or self._pools
+        return await pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)
 
     async def _desk(self, merchant_id: str, lease: Lease) -> Desk | None:
         """Return what is remembered of a merchant, read now if this is its first batch; None if the lease ended."""

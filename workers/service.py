@@ -79,7 +79,7 @@ class Service:
             engine_url(settings.control_database_url), CONTROL_SETTINGS, pool_size=2, max_overflow=2
         )
         self.pipeline = Pipeline(
-            self.publisher, self.writers, resource_amount_max=Decimal(settings.resource_amount_max)
+            self.publisher, self.writers, self.jobs, resource_amount_max=Decimal(settings.resource_amount_max)
         )
         self.scheduler = Scheduler(self.control_engine, self.jobs, self.publisher, settings.jobs_seconds)
         self.control = Control(

@@ -206,7 +206,7 @@ async def _work(servers: str, control_url: str, delivery: Delivery) -> None:
     assert merchant is not None
     publisher, pools = Publisher(servers), create_pools(1)
     await publisher.start()
-    pipeline = Pipeline(publisher, pools, resource_amount_max=Decimal(10**9))
+    pipeline = Pipeline(publisher, pools, pools, resource_amount_max=Decimal(10**9))
     pipeline.know(merchant)
     partitions = {TopicPartition(r.topic, r.partition) for batch in delivery.batches for r in batch}
     lease = Lease(delivery.generation, f"process-{os.getpid()}", partitions, object())

@@ -47,6 +47,7 @@ class Shop:
     control: AsyncEngine
     pipeline: Pipeline = field(init=False)
     pools: Pools = field(init=False)
+    quiet: Pools = field(init=False)
     unsent: list[OutMessage] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -55,11 +56,13 @@ class Shop:
     def begin(self) -> None:
         """Begin like a worker that was just started."""
         self.pools = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=4)
-        self.pipeline = Pipeline(self.publisher, self.pools, resource_amount_max=Decimal(10**9))
+        self.quiet = Pools(WRITER_SETTINGS, pool_size=1, merchants_max=1)
+        self.pipeline = Pipeline(self.publisher, self.pools, self.quiet, resource_amount_max=Decimal(10**9))
         self.pipeline.know(self.merchant)
 
     async def end(self) -> None:
         await self.pools.close()
+        await self.quiet.close()
 
     def send(self, command_type: str, command_id: str | None = None, **payload: Any) -> str:
         """Have a command sent with the next batch of them, and return its id."""

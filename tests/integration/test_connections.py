@@ -1,5 +1,6 @@
 """Connections to PostgreSQL, which are dear."""
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 
 from catalog.sql import fetch
 from merchants.databases import WRITER_SETTINGS, create_engine, engine_url
+from merchants.schema import migrate
+from tests.integration.shop import open_shop
 from tests.services import Services
 
 NUMBERS = "SELECT unnest($1::bigint[]), unnest($2::oid[])"
@@ -43,3 +46,17 @@ async def test_types_made_in_a_database_are_asked_for_on_each_connection(service
             rows = await fetch(connection, "SELECT unnest($1::pg_temp.colour[])::text", ["red", f"shade {number}"])
             assert [row[0] for row in rows] == ["red", f"shade {number}"]
         await engine.dispose()
+
+
+async def test_a_merchant_without_batches_costs_no_connection_of_its_own(services: Services) -> None:
+    url = services.database_url(f"connections_control_{secrets.token_hex(3)}")
+    await migrate(url)
+    async with open_shop(services, url, f"c{secrets.token_hex(4)}") as shop:
+        name = shop.merchant.merchant_id
+
+        assert await shop.work() == 0
+        claimed = await shop.query("SELECT count(*), min(owner) FROM positions")
+        assert ([tuple(row) for row in claimed], shop.pools.has(name)) == ([(10, "the tests")], False)
+
+        await shop.stock()
+        assert shop.pools.has(name)
