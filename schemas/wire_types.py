@@ -35,6 +35,9 @@ _TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt](?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]+)?"
     r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])\Z"
 )
+# The database driver writes the first and the last instant of the calendar as infinities, which it reads back without a
+# zone: no comparison with another time would work any more.
+_INFINITIES: Final = frozenset((datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)))
 # ISO 3166-1 has no XK; the data set adds it as everybody's private code.
 COUNTRIES: Final = frozenset(countries_by_alpha2) - {"XK"}
 
@@ -93,12 +96,16 @@ def parse_time(text: str) -> datetime:
 def _time(value: Any) -> datetime:
     if type(value) is str:
         try:
-            return parse_time(value)
+            moment = parse_time(value)
         except ValueError:
             raise malformed("not an RFC 3339 time with a zone") from None
-    if type(value) is datetime and value.tzinfo is not None:
-        return value.astimezone(UTC)
-    raise malformed("not an RFC 3339 time with a zone")
+    elif type(value) is datetime and value.tzinfo is not None:
+        moment = value.astimezone(UTC)
+    else:
+        raise malformed("not an RFC 3339 time with a zone")
+    if moment in _INFINITIES:
+        raise malformed("a time out of range")
+    return moment
 
 
 def _country(code: str) -> str:

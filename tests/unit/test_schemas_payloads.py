@@ -63,6 +63,12 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
             "9999-12-31T23:59:59-01:00", "2026-03-01T10:00:00.Z", "2026-03-01T10:00:00,5Z", 1772360130, "now", "",
         )
     ),
+    # The driver knows them as infinities; one instant further in they are times like any other.
+    *(
+        (name, {field: value})
+        for name, field in (("Operation.RecordAndClose", "completed_at"), ("Product.Archive", "archived_at"))
+        for value in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59.9999999Z", "9999-12-31T22:59:59.999999-01:00")
+    ),
     *(
         ("Purchase.Settled", {"pricing_snapshot": SNAPSHOT | change})
         for change in changes(
