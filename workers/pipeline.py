@@ -2,7 +2,7 @@
 
 Three kinds of failure. A refusal is an answer. Trouble (a lost connection, a deadlock, a race on a key, the broker
 away) is nobody's fault: the same batch again, for as long as this worker owns it. A defect of ours is isolated: the
-one command is answered ``internal_error``, the rest goes on.
+one command is answered ``internal_error``, the rest goes on. If no command is at fault, its merchant waits.
 """
 
 import asyncio
@@ -148,6 +148,10 @@ class Pipeline:
         except SuspendedError:
             # The lane is held as soon as the registry is read again.
             return await self._read_again(records, lease, desk)
+        except (DefectError, PoisonError):
+            # No command is at fault, but what this merchant's are decided by. Others go on.
+            log.exception("a merchant stands still", merchant=merchant)
+            return await self._read_again(records, lease, desk)
         desk.standoff.end()
         outcome = Outcome(published=desk.publishing)
         for applied in parts:
@@ -196,8 +200,6 @@ class Pipeline:
             return
         except Exception as error:
             # The next batch does both; until then a restart would repeat results that are out already.
-            if not is_trouble(error):
-                raise
             log.warning("positions are not noted", merchant=merchant, error=repr(error)[:500])
             return
         lease.first -= unclaimed
@@ -223,9 +225,7 @@ class Pipeline:
                     config = await merchants.store.read_config(connection, state.config_version)
                 break
             except Exception as error:
-                # A schema that is not ours yet is waited for: other merchants are served meanwhile.
-                if not (is_trouble(error) or isinstance(error, merchants.schema.UnknownSchemaError)):
-                    raise
+                # Whatever it is, also a schema that is not ours yet: other merchants are served meanwhile.
                 if not await backoff.wait(error):
                     return None
         context = Context(merchant_id, merchant.secret, merchant.simulated, state.config_version, config)

@@ -1,11 +1,14 @@
 """The pipeline against a real database and broker: what it does when the fault is its own."""
 
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import pytest
 import pytest_asyncio
 
+import catalog.store
 from merchants.schema import migrate
+from schemas.canonical import format_time
 from tests.integration.shop import Shop, open_shop
 from tests.services import Services
 from workers import faults
@@ -30,3 +33,28 @@ async def test_a_defect_that_does_not_repeat_refuses_no_command(
     await shop.work()
 
     assert (await shop.results())[command]["outcome"] == "applied"
+
+
+async def test_a_merchant_whose_catalogue_cannot_be_read_waits_and_loses_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise TypeError("a defect of ours")
+
+    await shop.stock()
+    before = len(await shop.results())
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog.store, "load", broken)
+        await shop.end()
+        shop.begin()
+        commands = [
+            shop.send("User.SignedUp", user_id=user, signed_up_at=format_time(datetime.now(UTC))) for user in "abc"
+        ]
+        # What is not decided is read again, for as long as it takes; the process goes on with other merchants.
+        for _ in range(2):
+            await shop.work()
+        assert len(await shop.results()) == before
+
+    await shop.work()
+    results = await shop.results()
+    assert [results[command]["outcome"] for command in commands] == ["applied"] * 3
