@@ -110,9 +110,29 @@ async def provision(admin_url: str, merchant: Merchant, config: MerchantConfig, 
             await fetch(connection, "SELECT pg_advisory_unlock(hashtext('credits template'))")
         await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
         await connection.exec_driver_sql(f"GRANT CONNECT ON DATABASE {quoted(database)} TO {quoted(role)}")
+        await close_common_databases(connection)
     await engine.dispose()
     url = engine_url(merchant.database_url, password=merchant.password)
     await _configure(url, merchant, config, actor)
+
+
+async def close_common_databases(connection: AsyncConnection) -> None:
+    """Let no merchant's role into the control database, which it is connected to, and those that are no merchant's.
+
+    PostgreSQL opens a new database to all roles. Those of other applications on the same server are left alone, and so
+    is what belongs to another role.
+    """
+    # Two sessions cannot change the rights on one database at the same time.
+    await fetch(connection, "SELECT pg_advisory_lock(hashtext('credits common databases'))")
+    sql = """
+    SELECT datname FROM pg_database
+    WHERE (datname = current_database() OR datname = ANY ($1)) AND pg_has_role(datdba, 'USAGE')
+        AND EXISTS (SELECT FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee = 0)
+    """
+    common = [TEMPLATE_DATABASE, "postgres", "template0", "template1"]
+    for (database,) in await fetch(connection, sql, common):
+        await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
+    await fetch(connection, "SELECT pg_advisory_unlock(hashtext('credits common databases'))")
 
 
 async def make_role(connection: AsyncConnection, role: str, password: str) -> None:

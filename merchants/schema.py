@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
-from merchants.registry import TEMPLATE_DATABASE, WORKER_GROUP, all_merchants, names
+from merchants.registry import TEMPLATE_DATABASE, WORKER_GROUP, all_merchants, close_common_databases, names
 from migrations import runner
 
 PARALLEL = 4
@@ -63,6 +63,10 @@ async def migrate(control_url: str, progress: Callable[[str], None] = lambda _: 
     await runner.ensure_database(admin, TEMPLATE_DATABASE)
     steps.append(await _upgrade(control_url, TEMPLATE_DATABASE, "merchant"))
     progress(TEMPLATE_DATABASE)
+    engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS, isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await close_common_databases(connection)
+    await engine.dispose()
     databases = [names(merchant)[1] for merchant in await merchant_ids(control_url)]
     # Processes are made when there is something for them to do.
     with ProcessPoolExecutor(PARALLEL, mp_context=get_context("spawn")) as processes:

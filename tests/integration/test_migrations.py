@@ -10,7 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 from rich.console import Console
-from sqlalchemy import MetaData, Table
+from sqlalchemy import MetaData, Table, make_url
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -24,7 +24,7 @@ import workers.inbox
 import workers.positions
 from merchants import schema
 from merchants.databases import engine_url
-from merchants.registry import TEMPLATE_DATABASE
+from merchants.registry import TEMPLATE_DATABASE, names
 from merchants.schema import MigrationError, UnknownSchemaError, check, check_merchant, migrate, on_database, versions
 from migrations import runner
 from tests import builders
@@ -200,6 +200,24 @@ async def test_a_merchant_behind_is_waited_for_and_one_ahead_is_worked_for(contr
         with pytest.raises(UnknownSchemaError, match=r"is at None, this version needs .*: run credits migrate"):
             await check_merchant(connection)
     await engine.dispose()
+
+
+async def test_a_merchants_role_can_connect_to_its_own_database_only(control_url: str) -> None:
+    await migrate(control_url)
+    first, second = [await builders.merchant(control_url, f"m{secrets.token_hex(4)}") for _ in range(2)]
+    name = names(first.merchant_id)[1]
+    # As an installation of an earlier version is: the next migration closes what was open.
+    control = make_url(control_url).database
+    await run(control_url, "postgres", f'GRANT CONNECT ON DATABASE "{control}" TO PUBLIC')
+    await migrate(control_url)
+
+    own = make_url(first.database_url).set(password=first.password)
+    for database in (control, TEMPLATE_DATABASE, "postgres", "template1", names(second.merchant_id)[1]):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match="permission denied for database"):
+            await asyncpg.connect(own.set(drivername="postgresql", database=database).render_as_string(False))
+    connection = await asyncpg.connect(own.set(drivername="postgresql").render_as_string(False))
+    assert await connection.fetchval("SELECT current_database()") == name
+    await connection.close()
 
 
 async def run(control_url: str, database: str, statement: str) -> Any:
