@@ -125,9 +125,13 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
-    def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def render(self, merchant: str | None = None) -> bytes:
+        """Return all metrics in Prometheus' text format; without those of others, if a merchant is given."""
+        if merchant is None:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        registry.register(_OneMerchant(self, merchant))
+        return generate_latest(registry)
 
     def refusals(self) -> dict[str, dict[str, int]]:
         """Return how many commands of each merchant were refused, by code, since the process started."""
@@ -284,6 +288,19 @@ class Metrics(Collector):
         for merchant, sample in samples:
             age.add_metric((merchant,), time.monotonic() - sample.at)
         yield age
+
+
+@dataclass(frozen=True, slots=True)
+class _OneMerchant(Collector):
+    """The metrics that a merchant may see: its own, and those of the whole worker."""
+
+    metrics: Metrics
+    merchant: str
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self.metrics.collect():
+            family.samples = [s for s in family.samples if s.labels.get("merchant", self.merchant) == self.merchant]
+            yield family
 
 
 def _distribution(found: dict[str, Distribution], name: str, bounds: Sequence[float]) -> Distribution:

@@ -88,6 +88,18 @@ async def test_commands_are_counted_by_type_and_outcome_and_users_are_not_named(
     assert "ann-the-user" not in metrics.render().decode()
 
 
+async def test_a_merchant_is_shown_its_own_numbers_and_the_workers_only(shop: Shop, metrics: Metrics) -> None:
+    name = shop.merchant.merchant_id
+    metrics.pool_waited(name, 0.1)
+    metrics.pool_waited("somebody-else", 0.1)
+
+    assert 'merchant="somebody-else"' in metrics.render().decode()
+    shown = metrics.render(name).decode()
+    assert f'credits_database_pool_wait_seconds_count{{merchant="{name}"}} 1.0' in shown
+    assert "credits_worker_ready 1.0" in shown
+    assert "somebody-else" not in shown
+
+
 async def test_a_type_that_is_not_ours_is_no_label(shop: Shop, metrics: Metrics) -> None:
     message = shop.message("Operation.Open", "m1", {"user_id": "u", "operation_id": "o", "operation_code": "llm"})
     headers = [(name, b"Evil.Label" if name == "ce_type" else value) for name, value in message.headers]

@@ -295,7 +295,7 @@ class Server:
         principal = await self._principal(request)
         if principal.role not in (ADMIN, METRICS, AUDITOR):
             raise problem(Code.FORBIDDEN)
-        body = await asyncio.to_thread(self.service.metrics.render)
+        body = await asyncio.to_thread(self.service.metrics.render, principal.merchant_id)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
