@@ -107,7 +107,8 @@ def own_line(config: MerchantConfig, country: str, currency: str, gross: Decimal
     found = rate_for(config, country, at)
     if found is None:
         return TaxLine("Z", Decimal(0), gross, quantize(Decimal(0), currency))
-    category = found.category or ("S" if found.rate else "Z")
+    # S has a rate above zero, whatever the configuration calls it.
+    category = "Z" if not found.rate and found.category in (None, "S") else found.category or "S"
     rate = Decimal(0) if category in UNTAXED else found.rate
     return TaxLine(category, rate, gross, included_tax(gross, rate, currency))
 
@@ -136,6 +137,8 @@ def upstream_line(upstream: SnapshotTax, currency: str, gross: Decimal, ours: Ta
         category = "S" if rate or amount else None
     if category is None:
         return None
+    if category in UNTAXED and not amount:
+        rate, amount = Decimal(0), Decimal(0)  # a rate that comes with one of these was not charged
     if amount is None:
         amount = included_tax(gross, rate, currency)
     if upstream.rate is None:
@@ -158,7 +161,9 @@ def flags(
 ) -> dict[str, Any]:
     """Name what is odd about upstream's figures: their own arithmetic, and what we would have charged."""
     found: dict[str, Any] = {}
-    if upstream.rate is not None and upstream.amount is not None:
+    if line is not None and line.category in UNTAXED and line.tax:
+        found["arithmetic"] = {"rate_gives": format_amount(Decimal(0), currency)}
+    elif upstream.rate is not None and upstream.amount is not None and (line is None or line.category not in UNTAXED):
         expected = included_tax(gross, upstream.rate, currency)
         if expected != upstream.amount:
             found["arithmetic"] = {"rate_gives": format_amount(expected, currency)}

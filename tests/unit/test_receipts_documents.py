@@ -205,6 +205,13 @@ def test_a_rate_of_zero_is_zero_rated_and_not_out_of_scope_unless_told() -> None
     assert body["tax"]["lines"][0]["category"] == "Z"
 
 
+def test_a_rate_of_zero_is_zero_rated_also_when_the_configuration_calls_it_standard() -> None:
+    rates = [{"country": "*", "rate": "0", "category": "S"}]
+    body = Office(config(tax_regime="vat", vat_rates=rates)).issue("receipt", Decimal(1))
+
+    assert body["tax"]["lines"][0]["category"] == "Z"
+
+
 def test_a_country_without_any_rate_is_not_called_out_of_scope_by_ourselves() -> None:
     # Spec §5: "AE/E/O only where config or upstream says so".
     body = Office(config(tax_regime="vat", vat_rates=[{"country": "AM", "rate": "20"}])).issue(
@@ -229,6 +236,24 @@ def test_upstream_s_wrong_arithmetic_is_flagged_and_not_refused() -> None:
 
     assert tax["tax"] == "24.00"
     assert "arithmetic" in tax["discrepancy"]
+
+
+@pytest.mark.parametrize("kind", ["Z", "E", "AE", "reverse_charge", "O"])
+@pytest.mark.parametrize("amount", [None, Decimal(0)])
+def test_a_rate_that_upstream_did_not_charge_is_not_taxed(kind: str, amount: Decimal | None) -> None:
+    upstream = SnapshotTax(type=kind, rate=Decimal(20), amount=amount)
+    tax = Office(VAT).issue("receipt", Decimal("120.00"), upstream_tax=upstream)["tax"]
+
+    assert (tax["lines"][0]["rate"], tax["tax"], tax["net"]) == ("0", "0.00", "120.00")
+    assert tax["discrepancy"] == {"merchant_tax": "20.00"}
+
+
+def test_a_tax_that_upstream_s_category_does_not_have_is_flagged() -> None:
+    upstream = SnapshotTax(type="AE", rate=Decimal(20), amount=Decimal("20.00"))
+    tax = Office(VAT).issue("receipt", Decimal("120.00"), upstream_tax=upstream)["tax"]
+
+    assert tax["tax"] == "20.00"
+    assert tax["discrepancy"] == {"arithmetic": {"rate_gives": "0.00"}}
 
 
 def test_upstream_s_tax_that_is_ours_is_not_flagged() -> None:
