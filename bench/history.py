@@ -15,13 +15,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import catalog.store
 import ledger.store
 import merchants.store
-from bench.scenarios import SOURCE
+from bench.scenarios import SOURCE, message_id
 from catalog.sql import fetch
 from ledger.books import Books, Movement, NewLot
 from ledger.model import Account, Lot, Operation, account_id_of, entry_id_of
 from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_url
 from schemas.codec import Encoding, format_time
-from schemas.envelope import message_identity
+from schemas.envelope import business_key_digest, message_identity
 from workers import inbox
 
 BATCH = 20_000
@@ -67,11 +67,11 @@ class Writer:
             rows = []
             for _ in range(count):
                 self.number += 1
-                message_id = _message_id("grant", self.number)
-                command = message_identity(SOURCE, message_id)
+                id_ = message_id("history", "grant", self.number)
+                command = message_identity(SOURCE, id_)
                 what = Movement("promo", "promo_grant", Decimal(credits))
                 books.credit(account, credits, what, NewLot(books.now + timedelta(days=LOT_DAYS)), command)
-                rows.append(self._row("Grant.Apply", message_id, account, books, "admin"))
+                rows.append(self._row("Grant.Apply", id_, id_, account, books, "admin"))
             await ledger.store.save_ledger(connection, books)
             await inbox.save(connection, rows, [])
         await engine.dispose()
@@ -113,8 +113,8 @@ class Writer:
         await inbox.save(connection, rows, [])
 
     def _operation(self, books: Books, account: Account) -> Iterable[inbox.Row]:
-        name = f"history-{self.number:012d}"
-        opening, closing = _message_id("open", self.number), _message_id("close", self.number)
+        name = message_id("history", "operation", self.number)
+        opening, closing = (message_id("history", kind, self.number) for kind in ("open", "close"))
         operation = Operation(
             name,
             account.account_id,
@@ -129,21 +129,21 @@ class Writer:
             books.now + timedelta(minutes=15),
         )
         books.add_operation(operation)
-        opened = self._row("Operation.Open", opening, account, books, "operations")
+        opened = self._row("Operation.Open", opening, name, account, books, "operations")
         what = Movement("debit", "llm", TOKENS, "TOKEN", operation_id=name)
         operation.entry_seq = books.debit(account, CREDITS_EACH, what, message_identity(SOURCE, closing))
         operation.resource_amount, operation.credits, operation.completed_at = TOKENS, CREDITS_EACH, books.now
         books.end_operation(account, operation, "closed")
-        return opened, self._row("Operation.RecordAndClose", closing, account, books, "operations")
+        return opened, self._row("Operation.RecordAndClose", closing, name, account, books, "operations")
 
-    def _row(self, kind: str, message_id: str, account: Account, books: Books, channel: str) -> inbox.Row:
-        at, identity = format_time(books.now), message_identity(SOURCE, message_id)
+    def _row(self, kind: str, id_: str, key: str, account: Account, books: Books, channel: str) -> inbox.Row:
+        at, identity = format_time(books.now), message_identity(SOURCE, id_)
         # Long past: offsets of these rows are below all that Kafka has, and no position refers to them.
         row = inbox.Row(
             identity,
             blake2b(identity, digest_size=32).digest(),
             bytes(40),
-            blake2b(identity, digest_size=16, key=b"key").digest(),
+            business_key_digest(kind, key, self.secret),
             kind,
             f"credits.history.{channel}",
             0,
@@ -156,9 +156,9 @@ class Writer:
             books.now,
         )
         row.result = (
-            f'{{"command_id":"{message_id}","command_source":"{SOURCE}","command_type":"{kind}",'
+            f'{{"command_id":"{id_}","command_source":"{SOURCE}","command_type":"{kind}",'
             f'"merchant_id":"growth","outcome":"applied","user_seq":{account.last_seq},"balance":{account.balance},'
-            f'"debt":0,"applied_at":"{at}","effects":{{"operation_id":"history-{self.number:012d}",'
+            f'"debt":0,"applied_at":"{at}","effects":{{"operation_id":"{key}",'
             f'"entry_id":"{entry_id_of(account.account_id, account.last_seq)}","credits":{CREDITS_EACH}}}}}'
         )
         return row
@@ -171,7 +171,3 @@ _SETTINGS = {
     "statement_timeout": "300s",
     "idle_in_transaction_session_timeout": "300s",
 }
-
-
-def _message_id(kind: str, number: int) -> str:
-    return f"history-{kind}-{number:018d}"

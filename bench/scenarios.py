@@ -4,6 +4,7 @@ import bisect
 import csv
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -121,8 +122,15 @@ def trace(_scenario: Scenario, run: str, first: int) -> Iterator[Command]:
         yield from _operation(run, number, f"user-{zipf_user(number)}", tokens[number % len(tokens)])
 
 
+def message_id(run: str, kind: str, number: int) -> str:
+    """Name something by a UUIDv7 of the moment, as an application does; what follows the time tells them apart."""
+    text = (time.time_ns() // 1_000_000).to_bytes(6).hex()
+    rest = blake2b(f"{run} {kind} {number}".encode(), digest_size=10).hexdigest()
+    return f"{text[:8]}-{text[8:]}-7{rest[1:4]}-a{rest[5:8]}-{rest[8:]}"
+
+
 def _operation(run: str, number: int, user: str, resource_amount: str) -> tuple[Command, Command]:
-    operation = f"op-{run}-{number:09d}"
+    operation = message_id(run, "operation", number)
     opened = {"user_id": user, "operation_id": operation, "operation_code": "llm", "workflow_id": f"wf-{number // 8}"}
     closed = {
         "user_id": user,
@@ -132,8 +140,8 @@ def _operation(run: str, number: int, user: str, resource_amount: str) -> tuple[
         "completed_at": now(),
     }
     return (
-        Command("operations", "Operation.Open", f"open-{run}-{number:024d}", user, orjson.dumps(opened)),
-        Command("operations", "Operation.RecordAndClose", f"close-{run}-{number:023d}", user, orjson.dumps(closed)),
+        Command("operations", "Operation.Open", message_id(run, "open", number), user, orjson.dumps(opened)),
+        Command("operations", "Operation.RecordAndClose", message_id(run, "close", number), user, orjson.dumps(closed)),
     )
 
 
@@ -151,7 +159,7 @@ def purchases(scenario: Scenario, run: str, first: int) -> Iterator[Command]:
             "pricing_snapshot": {"country": "AM", "amount": "10.00", "currency": "USD"},
             "buyer": {"name": "Ani Petrosyan", "email": f"{user}@example.com", "country": "AM"},
         }
-        yield Command("purchases", "Purchase.Settled", f"buy-{run}-{number:025d}", user, orjson.dumps(members))
+        yield Command("purchases", "Purchase.Settled", message_id(run, "buy", number), user, orjson.dumps(members))
 
 
 @cache

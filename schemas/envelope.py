@@ -46,6 +46,8 @@ _BEYOND_EVERY_BOUND: int = 10**_INTEGER_LENGTH_MAX
 ID_LENGTH_MAX = 128
 # A longer id than is allowed can be answered with that; one without end is not repeated.
 _READABLE = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,1000}\Z")
+UUID7 = "[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+_UUID7 = re.compile(UUID7 + r"\Z")
 _NEVER_IN_TEXT = re.compile("[\x00\ud800-\udfff]")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}\Z")
 
@@ -98,7 +100,7 @@ class Incoming:
 
     `identity`: 16 bytes of (source, id). `fingerprint`: 32 bytes of the content, of the bare value if it has none that
     can be read.
-    `digests`: see `schemas.fingerprint`, empty if refused. `business_key`: 16 bytes of (type, key), None without one.
+    `digests`: see `schemas.fingerprint`, empty if refused. `business_key`: see `business_key_digest`, None without one.
     `order`: the external_ref of a purchase refused for what it is, where it could be read.
     """
 
@@ -163,13 +165,25 @@ class _Envelope:
 
 
 def message_identity(source: str, message_id: str) -> bytes:
-    """Return the 16 bytes that stand for a message, (ce_source, ce_id)."""
-    return _digest16(source, message_id)
+    """Return the 16 bytes that stand for a message, (ce_source, ce_id); of a UUIDv7 its 6 bytes of time come first."""
+    return _by_time(message_id, _digest16(source, message_id))
 
 
-def business_key_digest(command_type: str, key: str) -> bytes:
-    """Return the 16 bytes that stand for a business key of its command type."""
-    return _digest16(command_type, key)
+def business_key_digest(command_type: str, key: str, secret: bytes) -> bytes:
+    """Return the 16 bytes that stand for a business key of its command type.
+
+    Keyed, because some are a caller's id, which must not be guessable from the inbox. Those of an operation whose id is
+    a UUIDv7 begin with its 6 bytes of time.
+    """
+    digest = hashlib.blake2b(_digest16(command_type, key), digest_size=16, key=secret).digest()
+    return _by_time(key, digest) if command_type.startswith("Operation.") else digest
+
+
+def _by_time(name: str, digest: bytes) -> bytes:
+    """Put the time of a UUIDv7 (RFC 9562, 5.7) first: an index of digests that are kept for ever grows at its end."""
+    if name[14:15] != "7" or not _UUID7.match(name):
+        return digest
+    return bytes.fromhex(name[:8] + name[9:13]) + digest[:10]
 
 
 def _digest16(first: str, second: str) -> bytes:
@@ -196,7 +210,7 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         print_, digests = fingerprint(command_type, content, context.secret)
     if error is None:
         key = COMMANDS[command_type].business_key(payload)
-        business_key = None if key is None else _digest16(command_type, key)
+        business_key = None if key is None else business_key_digest(command_type, key, context.secret)
     else:
         digests = b""
     reply_to, traceparent = envelope.reply_to, envelope.traceparent
@@ -208,7 +222,7 @@ def decode(record: RecordLike, context: DecodeContext) -> Incoming | Undeliverab
         source,
         message_id,
         command_type,
-        _digest16(source, message_id),
+        message_identity(source, message_id),
         print_,
         digests,
         business_key,

@@ -19,11 +19,10 @@ from ledger.store import LOTS_AT_FIRST
 from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, create_engine, create_unpooled_engine, engine_url
 from merchants.registry import Merchant
 from schemas.canonical import compact_json, format_time
-from schemas.envelope import DecodeContext, Incoming, decode
+from schemas.envelope import DecodeContext, decode
 from schemas.events import command_headers
 from schemas.payloads import MerchantConfig
 from schemas.topics import ALLOWED, CONTROL, CONTROL_CHANNEL, input_topic, parse_input
-from workers.inbox import keyed
 from workers.outgoing import result_value, user_of
 from workers.positions import Claim
 from workers.transaction import Batch, Context, Message, StaleContextError, plan
@@ -159,10 +158,7 @@ class Clerk:
         assert self.context.config is not None
         merchant_id, channel = parse_input(record.topic)
         secret, patterns = self.context.secret, self.context.config.external_ref_patterns
-        message = decode(record, DecodeContext(merchant_id, channel, secret, patterns, Decimal(10**9)))
-        if isinstance(message, Incoming) and message.business_key is not None:
-            message.business_key = keyed(message.business_key, secret)
-        return message
+        return decode(record, DecodeContext(merchant_id, channel, secret, patterns, Decimal(10**9)))
 
 
 @asynccontextmanager

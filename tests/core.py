@@ -184,8 +184,6 @@ class Core:
         patterns = self.config.external_ref_patterns
         incoming = decode(record, DecodeContext(MERCHANT, channel, SECRET, patterns, Decimal(10**9)))
         assert isinstance(incoming, Incoming)
-        if incoming.business_key is not None:
-            incoming.business_key = inbox.keyed(incoming.business_key, SECRET)
         return incoming
 
     def _books(self, before: Books | None = None) -> Books:

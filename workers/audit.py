@@ -19,6 +19,7 @@ import ledger.audit
 import receipts.audit
 from catalog.audit import Check, Finding
 from catalog.sql import fetch
+from schemas.envelope import UUID7
 
 AUDITOR_SETTINGS = {
     "application_name": "credits-auditor",
@@ -43,7 +44,8 @@ def _identity(message_id: str) -> str:
     framed = " || ".join(
         f"int4send(octet_length({x})) || convert_to({x}, 'UTF8')" for x in ("command_source", message_id)
     )
-    return f"substr(sha256({framed}), 1, 16)"
+    time = f"CASE WHEN {message_id} ~ '^{UUID7}$' THEN decode(left(replace({message_id}, '-', ''), 12), 'hex') END"
+    return f"substr(coalesce({time}, '') || sha256({framed}), 1, 16)"
 
 
 DELIVERY: Sequence[Check] = (

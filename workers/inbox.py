@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import (
@@ -273,7 +272,7 @@ def incoming_of(waiting: Parked, row: Row, secret: bytes) -> Incoming:
         identity=waiting.identity,
         fingerprint=row.fingerprint,
         digests=row.digests,
-        business_key=None if key is None else stored_key(waiting.type, key, secret),
+        business_key=None if key is None else business_key_digest(waiting.type, key, secret),
         payload=payload,
         error=None,
         encoding=Encoding(row.encoding),
@@ -282,15 +281,6 @@ def incoming_of(waiting: Parked, row: Row, secret: bytes) -> Incoming:
         key=None,
         value=None,
     )
-
-
-def keyed(business_key: bytes, secret: bytes) -> bytes:
-    """Key a business key's digest: some are a caller's id, which must not be guessable from the inbox."""
-    return blake2b(business_key, digest_size=IDENTITY_SIZE, key=secret).digest()
-
-
-def stored_key(command_type: str, key: str, secret: bytes) -> bytes:
-    return keyed(business_key_digest(command_type, key), secret)
 
 
 def conflict_identity(incoming: Incoming) -> bytes:

@@ -35,7 +35,7 @@ from schemas.topics import parse_input
 from workers import outgoing, positions
 from workers.decide import PoisonError
 from workers.faults import planted, point
-from workers.inbox import Position, keyed
+from workers.inbox import Position
 from workers.lanes import Lease, Outcome, Record
 from workers.logs import die
 from workers.positions import REFUSED_WAIT_SECONDS, Claim, LostOwnershipError, Standoff
@@ -419,7 +419,7 @@ class Pipeline:
 def decode_safely(record: Record, context: DecodeContext) -> Message:
     """Decode a record. One that a defect of ours makes unreadable becomes a dead letter, and stops nothing else."""
     try:
-        message = decode(record, context)
+        return decode(record, context)
     except Exception:
         log.exception("a message cannot be decoded", topic=record.topic, offset=record.offset)
         return Undeliverable(
@@ -431,9 +431,6 @@ def decode_safely(record: Record, context: DecodeContext) -> Message:
             "the message could not be decoded; the operators know",
             sha256(record.value or b"").digest(),
         )
-    if isinstance(message, Incoming) and message.business_key is not None:
-        message.business_key = keyed(message.business_key, context.secret)
-    return message
 
 
 def messages_of(merchant: str, applied: Applied) -> list[OutMessage]:

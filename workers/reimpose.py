@@ -38,7 +38,6 @@ from workers import outgoing
 from workers.decide import Desk
 from workers.documents import Issued
 from workers.inbox import Position as Place
-from workers.inbox import keyed
 from workers.lanes import Record
 from workers.positions import Position
 from workers.transaction import Applied, Batch, Context, Message, Plan, StaleContextError, Wanted
@@ -267,10 +266,7 @@ class Reimposition:
         merchant_id, channel = parse_input(record.topic)
         patterns = self._context.config.external_ref_patterns
         context = DecodeContext(merchant_id, channel, self.merchant.secret, patterns, self.resource_amount_max)
-        message = decode(record, context)
-        if isinstance(message, Incoming) and message.business_key is not None:
-            message.business_key = keyed(message.business_key, self.merchant.secret)
-        return message
+        return decode(record, context)
 
     # One batch
 

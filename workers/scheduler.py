@@ -21,7 +21,7 @@ from ledger.model import entry_id_of
 from merchants.databases import Pools
 from merchants.registry import Merchant
 from schemas.canonical import compact_json
-from schemas.envelope import business_key_digest, message_identity
+from schemas.envelope import message_identity
 from schemas.events import command_headers
 from schemas.topics import input_topic
 from workers.publisher import OutMessage, Publisher
@@ -225,7 +225,7 @@ class Search:
             for expires_at, operation_id, user_id in rows:
                 payload = {"user_id": user_id, "operation_id": operation_id}
                 # An operation's id may be as long as a job's name.
-                subject = business_key_digest("Operation.Expire", operation_id).hex()
+                subject = message_identity("Operation.Expire", operation_id).hex()
                 jobs.append(Job("Operation.Expire", self._name(subject), payload, user_id))
                 after = (expires_at, operation_id)
             yield jobs

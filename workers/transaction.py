@@ -25,7 +25,7 @@ from ledger.model import TOMBSTONE, Account, account_id_of, parse_entry_id
 from merchants.decisions import Settings
 from receipts.tables import fiscal_receipts
 from schemas import payloads
-from schemas.envelope import Incoming, Undeliverable, message_identity
+from schemas.envelope import Incoming, Undeliverable, business_key_digest, message_identity
 from schemas.payloads import COMMANDS, MerchantConfig
 from workers import documents, inbox, positions
 from workers.decide import Answer, Desk, answer_from_store, member
@@ -476,7 +476,7 @@ def _is_resolve(message: Incoming) -> bool:
 def _parked_key(parked: Parked, secret: bytes) -> bytes | None:
     spec = COMMANDS[parked.type]
     key = spec.business_key(spec.model.model_validate_json(parked.payload))
-    return None if key is None else inbox.stored_key(parked.type, key, secret)
+    return None if key is None else business_key_digest(parked.type, key, secret)
 
 
 def _show_numbers(desk: Desk, issued: Sequence[Issued]) -> None:

@@ -252,8 +252,37 @@ def test_a_trace_is_passed_on_if_it_is_one(given: str, passed_on: bool) -> None:
 
 def test_identities_and_keys_can_not_be_confused_by_moving_characters_between_them() -> None:
     assert message_identity("a", "bc") != message_identity("ab", "c")
-    assert business_key_digest("a", "bc") != business_key_digest("ab", "c")
-    assert len(message_identity("a", "b")) == len(business_key_digest("a", "b")) == 16
+    assert business_key_digest("a", "bc", b"key") != business_key_digest("ab", "c", b"key")
+    assert business_key_digest("a", "b", b"key") != business_key_digest("a", "b", b"other")
+    assert len(message_identity("a", "b")) == len(business_key_digest("a", "b", b"key")) == 16
+
+
+UUID7 = "017f22e2-79b0-7cc3-98c4-dc0c0c07398f"  # the example of RFC 9562, A.6
+
+
+def test_identities_of_messages_named_by_time_begin_with_it() -> None:
+    identity, key = message_identity("/app", UUID7), business_key_digest("Operation.Open", UUID7, b"key")
+
+    assert identity[:6] == key[:6] == bytes.fromhex("017f22e279b0")
+    assert len(identity) == len(key) == 16
+    assert len({identity, key, message_identity("/other", UUID7), message_identity("/app", UUID7[:-1] + "e")}) == 4
+
+
+def test_the_key_of_what_may_be_a_callers_id_does_not_tell_its_time() -> None:
+    assert business_key_digest("User.SignedUp", UUID7, b"key")[:6] != bytes.fromhex("017f22e279b0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        UUID7.upper(), UUID7 + "\n", UUID7.replace("-", ""), UUID7.replace("-7", "-4"), UUID7.replace("-9", "-c"),
+        "017f22e2-79b0-7cc3-98c4-dc0c0c07398g", "١" + UUID7[1:], "zzzzzzzz-zzzz-7", "7" * 36,
+    ],
+)  # fmt: skip
+def test_other_names_are_digests_alone(name: str) -> None:
+    framed = b"".join(len(part).to_bytes(4) + part for part in (b"/app", name.encode()))
+
+    assert message_identity("/app", name) == hashlib.sha256(framed).digest()[:16]
 
 
 def test_the_content_type_decides_between_the_modes() -> None:
