@@ -327,7 +327,10 @@ async def _answered_once(demo: Demo, waiting: set[str], parked: int) -> bool:
 
 
 async def _audit(control_url: str, merchant_id: str, console: Console) -> Report:
-    return (await verify.reports(control_url, merchant_id, console))[merchant_id]
+    found, errors = await verify.reports(control_url, merchant_id, console)
+    if errors:
+        raise DemoError(f"{merchant_id} can't be verified: {errors[merchant_id]}")
+    return found[merchant_id]
 
 
 def _addresses(console: Console, root: Path, demo: Demo, llm: str, trace: Trace) -> None:

@@ -283,22 +283,23 @@ def verify_books(
     every: Annotated[bool, typer.Option("--all", help="Verify all merchants.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object by merchant.")] = False,
 ) -> None:
-    """Check every identity of merchants' books; the exit code is 1 if one does not hold."""
+    """Check every identity of merchants' books; the exit code is 1 if one does not hold or can't be checked."""
     from console.verify import UnknownMerchantError, reports, show
 
     if (merchant is None) != every:
         raise typer.BadParameter("name one merchant, or give --all")
     progress = Console(stderr=True)
     try:
-        found = asyncio.run(reports(control_url(), merchant, progress))
+        found, errors = asyncio.run(reports(control_url(), merchant, progress))
     except UnknownMerchantError:
         progress.print(f"there is no merchant {merchant}", style="red")
         raise typer.Exit(2) from None
     if as_json:
-        console.print_json(data={name: report.as_object() for name, report in found.items()})
+        shown = {name: report.as_object() for name, report in found.items()}
+        console.print_json(data=shown | {name: {"ok": False, "error": error} for name, error in errors.items()})
     else:
-        show(found, console)
-    raise typer.Exit(0 if all(report.ok for report in found.values()) else 1)
+        show(found, console, errors)
+    raise typer.Exit(0 if not errors and all(report.ok for report in found.values()) else 1)
 
 
 merchants_app = typer.Typer(no_args_is_help=True, help="The merchants.")

@@ -1,13 +1,16 @@
 """``credits verify``: audits merchants' books and shows what was found."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import asyncpg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy.exc import SQLAlchemyError
 
 from console.merchants import registered
-from merchants.databases import engine_url
+from merchants.databases import engine_url, in_a_line
 from merchants.registry import Merchant
 from workers.audit import Report, verify
 
@@ -16,15 +19,31 @@ class UnknownMerchantError(Exception):
     """There is no merchant of this name."""
 
 
-async def reports(control_url: str, merchant_id: str | None, console: Console) -> dict[str, Report]:
-    """Audit one merchant, or all, one after the other; progress is shown while it lasts."""
+# The auditor also reads by the driver itself, whose errors then come as they are.
+_UNREADABLE = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+
+
+async def reports(
+    control_url: str, merchant_id: str | None, console: Console
+) -> tuple[dict[str, Report], dict[str, str]]:
+    """Audit one merchant, or all, one after the other; progress is shown while it lasts.
+
+    Returns (reports, errors) by merchant: an error is that of a database that can't be read.
+    """
     known = [merchant for merchant in await registered(control_url) if merchant.state != "provisioning"]
     chosen = [merchant for merchant in known if merchant_id in (None, merchant.merchant_id)]
     if merchant_id is not None and not chosen:
         raise UnknownMerchantError(merchant_id)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    found: dict[str, Report] = {}
+    errors: dict[str, str] = {}
     with Progress(*columns, TextColumn("{task.fields[what]}"), console=console, transient=True) as progress:
-        return {merchant.merchant_id: await _report(merchant, progress) for merchant in chosen}
+        for merchant in chosen:
+            try:
+                found[merchant.merchant_id] = await _report(merchant, progress)
+            except _UNREADABLE as error:
+                errors[merchant.merchant_id] = in_a_line(error)
+    return found, errors
 
 
 async def _report(merchant: Merchant, progress: Progress) -> Report:
@@ -52,11 +71,18 @@ def as_table(found: Mapping[str, Report]) -> Table:
     return table
 
 
-def show(found: Mapping[str, Report], console: Console) -> None:
-    """Print the table, the first break of each broken identity, and the rate."""
-    if not found:
+def show(found: Mapping[str, Report], console: Console, errors: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Print the table, the first break of each broken identity, the rate, and why a merchant's books can't be read."""
+    if found:
+        _show_reports(found, console)
+    elif not errors:
         console.print("There is no merchant.")
-        return
+    for merchant_id, error in errors.items():
+        line = f"{merchant_id} can't be verified: {error}"
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_reports(found: Mapping[str, Report], console: Console) -> None:
     console.print(as_table(found))
     for line in breaks(found):
         console.print(line, style="red", markup=False, highlight=False)

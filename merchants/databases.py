@@ -93,6 +93,11 @@ def connect_args(settings: dict[str, str]) -> dict[str, Any]:
     return {"server_settings": settings, "timeout": 10, "command_timeout": 60, "connection_class": Connection}
 
 
+def in_a_line(error: BaseException) -> str:
+    """Return what a database's error says, on one line for people; one that ran out of time says nothing by itself."""
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
 class Pools:
     """The pools of one kind (writers or readers) for all merchants; those not used for the longest time are closed."""
 

@@ -1,28 +1,35 @@
 """The auditor finds nothing in what the service wrote, and everything that is changed behind its back."""
 
+import asyncio
 import itertools
+import json
 import os
 import random
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import pytest
 import pytest_asyncio
 from aiokafka import TopicPartition
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+from typer.testing import CliRunner
 
 import merchants.registry
 import merchants.store
+from console import main
 from ledger.model import LotsNeeded
-from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
+from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url, in_a_line
 from merchants.registry import Merchant
 from merchants.schema import migrate
 from schemas.envelope import DecodeContext, decode
 from schemas.payloads import MerchantConfig
+from tests import builders
 from tests.core import admin, as_record, closing, config, opening, operation_type, product, purchase, wire_time
 from tests.services import Services
 from workers.audit import Report, audit, verify
@@ -409,3 +416,34 @@ async def test_debt_beside_credits_to_spend_is_found(books: Books) -> None:
         """,
     )
     assert name in {finding.name for finding in report.broken}
+
+
+async def test_a_merchant_that_lets_nobody_in_is_named_and_the_others_are_audited(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control_url = services.database_url(f"verify_control_{os.getpid()}")
+    await migrate(control_url)
+    closed, other = (f"{name}-{os.getpid()}" for name in ("closed", "other"))
+    for merchant_id in (closed, other):
+        await builders.merchant(control_url, merchant_id)
+    server = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
+    async with server.begin() as connection:
+        await connection.exec_driver_sql(f'ALTER ROLE "{merchants.registry.names(closed)[0]}" NOLOGIN')
+    await server.dispose()
+    monkeypatch.setenv("CREDITS_CONTROL_DATABASE_URL", control_url)
+
+    told = await asyncio.to_thread(CliRunner().invoke, main.app, ["verify", "--all"])
+    told_to_programs = await asyncio.to_thread(CliRunner().invoke, main.app, ["verify", "--all", "--json"])
+
+    assert told.exit_code == told_to_programs.exit_code == 1
+    (line,) = [line for line in told.stdout.splitlines() if closed in line]
+    assert re.match(f"{closed} can't be verified: .*not permitted to log in", line)
+    assert re.search(f"identity +{other}", told.stdout)
+    found = json.loads(told_to_programs.stdout)
+    assert (found[closed]["ok"], found[other]["ok"]) == (False, True)
+    assert "not permitted to log in" in found[closed]["error"]
+
+
+def test_a_database_that_accepts_and_says_nothing_has_an_error_all_the_same() -> None:
+    assert in_a_line(TimeoutError()) == "TimeoutError"
+    assert in_a_line(OSError("one\ntwo")) == "one"
