@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
-from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
+from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url, in_a_line
 from merchants.registry import TEMPLATE_DATABASE, WORKER_GROUP, all_merchants, close_common_databases, names
 from migrations import runner
 
@@ -103,7 +103,7 @@ async def _upgrade_merchant(url: str, database: str, processes: ProcessPoolExecu
                 return Step(database, before, before, error)
             after = await runner.current(url)
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        return Step(database, before, None, str(error).splitlines()[0][:300])
+        return Step(database, before, None, in_a_line(error))
     return Step(database, before, after)
 
 
@@ -120,7 +120,7 @@ async def versions(control_url: str) -> list[Step]:
             try:
                 found = await runner.current(on_database(control_url, database))
             except (SQLAlchemyError, OSError, TimeoutError) as error:
-                return Step(database, None, runner.head(lineage), str(error).splitlines()[0][:300])
+                return Step(database, None, runner.head(lineage), in_a_line(error))
             return Step(database, found, runner.head(lineage))
 
     return list(await asyncio.gather(*(one(database, lineage) for database, lineage in lineages.items())))

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 import merchants.registry
 from catalog.sql import fetch
-from merchants.databases import Pools
+from merchants.databases import Pools, in_a_line
 from merchants.registry import Merchant
 from schemas.topics import CHANNELS, CONTROL, input_topic
 from workers.metrics import read_gauges
@@ -126,7 +126,7 @@ class Lookout:
                     rows = await fetch(connection, "SELECT topic, partition, applied_next FROM positions")
                     gauges = await read_gauges(connection)
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            return MerchantStatus(name, merchant.state, merchant.simulated, error=str(error).splitlines()[0][:200])
+            return MerchantStatus(name, merchant.state, merchant.simulated, error=in_a_line(error))
         applied = {TP(topic, partition): offset for topic, partition, offset in rows}
         own = {input_topic(name, channel) for channel in CHANNELS}
         behind = {tp: max(0, end - applied.get(tp, 0)) for tp, end in ends.items() if tp.topic in own}
