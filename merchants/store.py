@@ -45,6 +45,14 @@ async def read_config(connection: AsyncConnection, version: int) -> MerchantConf
     return MerchantConfig.model_validate(json.loads(rows[0][0]))
 
 
+async def load_prefixes(connection: AsyncConnection) -> set[tuple[str, str]]:
+    """Read the series prefixes of receipts and credit notes, in pairs, of all versions of the configuration."""
+    sql = """
+    SELECT DISTINCT config ->> 'receipt_series_prefix', config ->> 'credit_note_series_prefix' FROM merchant_config
+    """
+    return {(row[0], row[1]) for row in await fetch(connection, sql)}
+
+
 async def load_roles(connection: AsyncConnection, subjects: Sequence[int]) -> dict[int, str]:
     sql = "SELECT account_id, role FROM user_roles WHERE account_id = ANY($1::bigint[])"
     return {row[0]: row[1] for row in await fetch(connection, sql, list(subjects))} if subjects else {}

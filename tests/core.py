@@ -110,6 +110,7 @@ class Core:
         self.now = now
         self.books = self._books()
         self.roles: dict[int, str] = {}
+        self.prefixes: set[tuple[str, str]] = set()
         self.inbox: dict[bytes, Row] = {}
         self.keys: dict[bytes, Row] = {}
         self.parked: dict[bytes, inbox.Parked] = {}
@@ -208,7 +209,7 @@ class Core:
         newest = [a.last_entry_at for a in self.books.accounts.values() if a.last_entry_at is not None]
         self.now = max([self.now, *newest])
         self.books = self._books(self.books)
-        settings = Settings(self.config_version, self.config, dict(self.roles))
+        settings = Settings(self.config_version, self.config, dict(self.roles), prefixes=self.prefixes)
         accounts = self.books.accounts.values()
         return Desk(
             merchant_id=MERCHANT,

@@ -374,6 +374,8 @@ class Batch:
             desk.fiscal.numbers |= found
         if wanted.subjects:
             desk.settings.roles = await merchants.store.load_roles(self.connection, sorted(wanted.subjects))
+        if "Merchant.Configure" in wanted.types:
+            desk.settings.prefixes = await merchants.store.load_prefixes(self.connection)
         if wanted.tombstones:
             desk.tombstones = {a.user_id: a.account_id for a in desk.books.accounts.values() if a.erased_at is not None}
 

@@ -273,3 +273,33 @@ async def test_a_message_delivered_again_at_its_place_is_answered_even_if_it_is_
         again = replace(first, value=json.dumps(grant | {"justification": "otherwise", "actor": "admin"}).encode())
 
         assert await at_work.apply(again) == answered
+
+
+async def test_a_prefix_of_any_earlier_configuration_stays_its_documents_own(control_url: str) -> None:
+    made, record = await shop(control_url, "model-prefixes")
+
+    def configured(receipt: str, credit_note: str) -> Record:
+        changed = config(receipt_series_prefix=receipt, credit_note_series_prefix=credit_note)
+        return record("Merchant.Configure", {"config": changed, "actor": "admin"})
+
+    async with clerk(made) as at_work:
+        (first,) = await at_work.apply(record("Purchase.Settled", payment()))
+        assert await codes(at_work, configured("INV", "C")) == ["applied"]
+        # Each in the batch of the one before, and all of them long after.
+        assert await codes(at_work, configured("INV", "CN"), configured("CN", "C"), configured("C", "CN")) == [
+            "applied",
+            "immutable",
+            "immutable",
+        ]
+    async with clerk(made) as later:
+        assert await codes(later, configured("INV", "R"), configured("R", "C")) == ["immutable", "applied"]
+        (second,) = await later.apply(record("Purchase.Settled", payment() | {"external_ref": "another"}))
+        assert (await verify(later.engine)).ok
+
+    numbers = [result["effects"]["receipt_number"] for result in (first, second)]
+    assert numbers == [f"R-{datetime.now(UTC).year}-{n:04d}" for n in (1, 2)]
+
+
+async def codes(at_work: Clerk, *records: Record) -> list[str]:
+    results = await at_work.apply(*records)
+    return [result["error"]["code"] if "error" in result else result["outcome"] for result in results]

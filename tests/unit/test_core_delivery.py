@@ -520,6 +520,34 @@ def test_an_expected_version_compares_and_sets() -> None:
     assert core.refused("Merchant.Configure", expected_version=1, config=config(), actor="admin") == "version_conflict"
 
 
+@pytest.mark.parametrize(
+    ("receipt", "credit_note", "fields"),
+    [
+        ("C", "R", ["config.receipt_series_prefix", "config.credit_note_series_prefix"]),
+        ("C", "CN", ["config.receipt_series_prefix"]),
+        ("INV", "R", ["config.credit_note_series_prefix"]),
+    ],
+)
+def test_a_series_never_becomes_the_other_documents(receipt: str, credit_note: str, fields: list[str]) -> None:
+    core = shop()
+    changed = config(receipt_series_prefix=receipt, credit_note_series_prefix=credit_note)
+
+    result = core.do("Merchant.Configure", config=changed, actor="admin")
+
+    assert (result["error"]["code"], result["error"]["details"]) == ("immutable", {"fields": fields})
+
+
+def test_a_new_prefix_and_one_of_its_own_from_before_are_taken() -> None:
+    core = shop()
+
+    for receipt, credit_note in (("INV", "C"), ("INV", "CN"), ("R", "C")):
+        changed = config(receipt_series_prefix=receipt, credit_note_series_prefix=credit_note)
+        core.applied("Merchant.Configure", config=changed, actor="admin")
+
+    later = config(receipt_series_prefix="CN", credit_note_series_prefix="C")
+    assert core.refused("Merchant.Configure", config=later, actor="admin") == "immutable"
+
+
 def test_an_open_operation_keeps_the_deadline_it_was_opened_with() -> None:
     core = shop()
     core.applied("Operation.Open", **opening())
