@@ -15,19 +15,22 @@ from workers import inbox
 Shown = dict[str, Any]
 
 
-async def stored_result(connection: AsyncConnection, source: str, message_id: str) -> Shown | None:
-    """Return a message's result, completed with the user's id; None if there is none (yet)."""
+async def stored_result(connection: AsyncConnection, source: str, message_id: str, own: int | None) -> Shown | None:
+    """Return a message's result, completed with the user's id; None if there is none (yet).
+
+    ``own`` is the only account whose commands may be shown; None is any.
+    """
     rows = await inbox.load(connection, [message_identity(source, message_id)], ())
-    if not rows or rows[0].result is None:
+    if not rows or rows[0].result is None or own not in (None, rows[0].account_id):
         return None
     user_id = rows[0].user_id
     return ({} if user_id is None else {"user_id": user_id}) | rows[0].stored_result()
 
 
-async def waiting(connection: AsyncConnection, source: str, message_id: str) -> Shown | None:
-    """Tell what a parked command waits for, and until when; None if it is not parked."""
+async def waiting(connection: AsyncConnection, source: str, message_id: str, own: int | None) -> Shown | None:
+    """Tell what a parked command waits for, and until when; None if it is not parked, or not of the account ``own``."""
     for parked in await inbox.parked_for(connection, (), (), [message_identity(source, message_id)]):
-        return parked_object(parked)
+        return parked_object(parked) if own in (None, parked.account_id) else None
     return None
 
 

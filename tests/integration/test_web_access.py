@@ -68,7 +68,11 @@ async def addresses(shop: Shop, user: str) -> dict[str, tuple[str, dict[str, str
     number = (await shop.api.get(f"/users/{user}/receipts"))["items"][0]["number"]
     command = (await shop.api.get(f"/users/{user}/ledger"))["items"][0]["command"]
     parts = {"user": user, "entry": entry, "number": number, "operation": f"op-{user}", "code": "chat"}
-    query = {"getCommandResult": {"source": command["source"], "id": command["id"]}}
+    query = {
+        "getCommandResult": {"source": command["source"], "id": command["id"]},
+        "listOperations": {"user_id": user},
+        "listPurchases": {"user_id": user},
+    }
     return {e.name: (e.path.format(**parts), query.get(e.name, {})) for e in ENDPOINTS}
 
 
@@ -76,7 +80,7 @@ async def addresses(shop: Shop, user: str) -> dict[str, tuple[str, dict[str, str
 async def test_every_role_sees_what_it_may_and_nothing_else(shop: Shop, endpoint: Any) -> None:
     path, query = (await addresses(shop, "ann"))[endpoint.name]
     others_path, others_query = (await addresses(shop, "bob"))[endpoint.name]
-    is_about_somebody = path != others_path
+    is_about_somebody = (path, query) != (others_path, others_query)
     for role in ROLES:
         token = await shop.api.make_token(role, MERCHANT, "ann" if role == "user" else None)
         api = shop.api.holding(token)
@@ -107,6 +111,43 @@ async def test_anothers_object_looks_just_like_one_that_does_not_exist(shop: Sho
         _, shown, _ = await api.ask(api.root + theirs)
         _, absent, _ = await api.ask(api.root + nothing)
         assert shown == absent
+
+
+async def test_a_user_lists_what_is_their_own_and_says_so(shop: Shop) -> None:
+    api = shop.api.holding(await shop.api.make_token("user", MERCHANT, "ann"))
+    (operation,) = (await api.get("/operations", user_id="ann"))["items"]
+    (purchase,) = (await api.get("/purchases", user_id="ann"))["items"]
+    assert (operation["operation_id"], purchase["external_ref"]) == ("op-ann", "pay-ann")
+    for path in ("/operations", "/purchases"):
+        assert await api.problem(path) == (403, "forbidden")
+        assert await api.problem(path, user_id="bob") == await api.problem(path, user_id="nobody")
+    assert await api.problem("/operations", operation_id="op-ann") == (403, "forbidden")
+    assert (await api.get("/operations", user_id="ann", operation_id="op-bob"))["items"] == []
+    assert (await api.get("/purchases", user_id="ann", external_ref="pay-bob"))["items"] == []
+    assert await api.problem("/purchases", needs_attention="true") == (403, "forbidden")
+    assert await api.problem("/purchases", needs_attention="true", user_id="ann") == (400, "invalid_parameter")
+    assert await api.problem("/operations/metrics") == (403, "forbidden")
+    assert await api.problem("/operations/metrics", user_id="ann") == (403, "forbidden")
+
+
+async def test_a_user_is_told_of_no_command_but_their_own(shop: Shop) -> None:
+    api = shop.api.holding(await shop.api.make_token("user", MERCHANT, "ann"))
+    for user in ("ann", "bob"):
+        refund = {"refund_id": f"early-{user}", "external_ref": f"later-{user}", "actor": "a", "justification": "b"}
+        close = {"user_id": user, "operation_id": f"later-{user}"}
+        await shop.clerk.send("Operation.Cancel", close, command_id=f"cancel-{user}")
+        await shop.clerk.send("Refund.Apply", refund, command_id=f"refund-{user}")
+    await shop.clerk.send("Account.Lock", {"user_id": "bob", "justification": "b", "actor": "a"}, command_id="lock-bob")
+
+    def asked(command_id: str) -> dict[str, str]:
+        return {"source": "test", "id": command_id}
+
+    _, parked, _ = await api.ask(f"{api.root}/commands", **asked("cancel-ann"))
+    assert parked["details"]["waits_for"] == {"operation": "later-ann"}
+    _, nothing, _ = await api.ask(f"{api.root}/commands", **asked("none"))
+    for command_id in ("cancel-bob", "lock-bob", "refund-ann", "refund-bob"):
+        _, theirs, _ = await api.ask(f"{api.root}/commands", **asked(command_id))
+        assert theirs == nothing, command_id
 
 
 async def test_a_token_of_one_merchant_does_not_even_see_that_another_exists(shop: Shop) -> None:

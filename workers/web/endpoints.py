@@ -41,6 +41,7 @@ OPERATION_CODE = identifier("operation_code", "Only of this operation type.")
 EXTERNAL_REF = identifier("external_ref", "Only of this purchase.")
 USER_ID = identifier("user_id", "Only of this user.")
 ACTIVE_AT = time("active_at", "Only what is in force at this time.")
+OWN_LIST = "A user gets their own alone, and names themselves with user_id."
 PAGE = (LIMIT, CURSOR)
 PERIOD = (FROM, TO)
 PAST = (AS_OF_SEQ, AS_OF, MIN_SEQ)
@@ -203,7 +204,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "Operations, in the order they were opened",
         objects.operations,
         shapes.Operation,
-        READERS,
+        EVERYBODY,
         (
             choice("state", "Only operations in this state.", "open", "closed", "cancelled", "timed_out", "refused"),
             USER_ID,
@@ -214,6 +215,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
             *PAGE,
         ),
         is_list=True,
+        description=OWN_LIST,
     ),
     Endpoint(
         "/operations/metrics",
@@ -240,7 +242,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "Settled purchases, or paid orders that need attention",
         objects.purchases,
         shapes.Purchase | shapes.PurchaseNeedingAttention,
-        READERS,
+        EVERYBODY,
         (
             EXTERNAL_REF,
             flag("needs_attention", "Instead: orders that were refused and not applied since, dead letters too."),
@@ -249,6 +251,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
             *PAGE,
         ),
         is_list=True,
+        description=OWN_LIST,
     ),
     Endpoint(
         "/commands",
@@ -256,7 +259,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         "The stored result of a command",
         objects.command,
         shapes.CommandResult,
-        READERS,
+        EVERYBODY,
         (
             identifier("source", "The command's ce_source.", required=True),
             identifier("id", "The command's ce_id.", required=True),

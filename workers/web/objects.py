@@ -14,7 +14,7 @@ from schemas.codec import parse_time
 from schemas.errors import Code
 from schemas.topics import input_topic
 from workers import queries
-from workers.web.access import READERS
+from workers.web.access import READERS, USER
 from workers.web.calls import Call, Shown
 from workers.web.problems import problem
 
@@ -29,6 +29,16 @@ def own_account(call: Call) -> int | None:
         return None
     assert call.subject is not None
     return account_id_of(call.subject, call.merchant.secret)
+
+
+def check_own(call: Call) -> None:
+    """Let a user have a merchant's list only of what is their own, which they say by naming themselves."""
+    if call.role != USER:
+        return
+    if "user_id" not in call.query:
+        raise problem(Code.FORBIDDEN, "a user names themselves with user_id")
+    if call.query["user_id"] != call.subject:
+        raise problem(Code.UNKNOWN_USER)
 
 
 async def _with_account(call: Call) -> dict[str, Any]:
@@ -117,6 +127,7 @@ RENDERERS: dict[str, Renderer] = {
 
 
 async def operations(call: Call) -> list[Shown]:
+    check_own(call)
     filters = await _with_account(call)
     found = await ledger.queries.operations(
         call.connection, after=_time_and_id(call.after), limit=call.limit + 1, filters=filters
@@ -152,6 +163,7 @@ async def operation_metrics(call: Call) -> list[Shown]:
 
 
 async def purchases(call: Call) -> list[Shown]:
+    check_own(call)
     if call.query.get("needs_attention"):
         return await _purchases_needing_attention(call)
     filters = await _with_account(call)
@@ -181,11 +193,11 @@ async def _purchases_needing_attention(call: Call) -> list[Shown]:
 
 async def command(call: Call) -> Shown:
     """Show a command's stored result."""
-    source, message_id = call.query["source"], call.query["id"]
-    result = await queries.stored_result(call.connection, source, message_id)
+    source, message_id, own = call.query["source"], call.query["id"], own_account(call)
+    result = await queries.stored_result(call.connection, source, message_id, own)
     if result is not None:
         return result
-    parked = await queries.waiting(call.connection, source, message_id)
+    parked = await queries.waiting(call.connection, source, message_id, own)
     if parked is not None:
         waits_for = parked.pop("waits_for")
         raise problem(Code.NOT_FOUND, "the command is parked: it has no result yet", waits_for=waits_for, **parked)
