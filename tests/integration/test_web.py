@@ -245,6 +245,7 @@ async def test_the_list_of_receipts_adds_their_status_and_fiscal_receipts(shop: 
     user = "refunded"
     bought = await shop.clerk.send("Purchase.Settled", builders.purchase(user, "pay-r"))
     number = bought["effects"]["receipt_number"]
+    published = await shop.api.get(f"/receipts/{number}")
     fiscal = {"receipt_number": number, "kind": "sale", "fiscal_number": "1", "authority": "SRC"}
     await shop.clerk.send(
         "Receipt.AttachFiscal", fiscal | {"fiscal_at": builders.format_time(datetime.now(UTC)), "actor": "a"}
@@ -256,7 +257,9 @@ async def test_the_list_of_receipts_adds_their_status_and_fiscal_receipts(shop: 
         receipt = (await shop.api.get(f"/users/{user}/receipts", kind="receipt"))["items"][0]
         assert receipt["status"] == status
         assert receipt["fiscal_receipts"][0]["fiscal_number"] == "1"
-        assert (await shop.api.get(f"/receipts/{number}/status"))["status"] == status
+        standing = await shop.api.get(f"/receipts/{number}/status")
+        assert (standing["status"], standing["fiscal_receipts"]) == (status, receipt["fiscal_receipts"])
+        assert await shop.api.get(f"/receipts/{number}") == published
     notes = (await shop.api.get(f"/users/{user}/receipts", kind="credit_note"))["items"]
     assert [note["amount"] for note in notes] == ["700.00", "500.00"]
     purchase = (await shop.api.get("/purchases", external_ref="pay-r"))["items"][0]

@@ -150,6 +150,8 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         EVERYBODY,
         (identifier("locale", "The locale of HTML and PDF; by default the buyer's, else the merchant's."),),
         not_found=Code.UNKNOWN_RECEIPT,
+        description="JSON is the document alone. What an authority attached and what was credited since, which HTML "
+        "and PDF show as well, is at its `/status`.",
     ),
     Endpoint(
         "/receipts/{number}/status",
