@@ -16,7 +16,7 @@ import asyncpg
 from bench import baseline
 from bench.figures import check, rate
 from bench.ground import Ground, results_topics
-from bench.scenarios import Scenario
+from bench.scenarios import Scenario, mark
 from bench.service import merchants_of
 from catalog.sql import update_sql
 from console.processes import free_port
@@ -138,10 +138,10 @@ async def _moments(source: asyncpg.Connection, run: str) -> list[tuple[Any, int]
     """Return the batches of a run: (moment, commands), oldest first."""
     sql = """
     SELECT decided_at, count(*) FROM inbox
-    WHERE result LIKE '%-' || $1 || '-%'
+    WHERE result::json ->> 'command_id' LIKE '%-' || $1 || '________'
     GROUP BY decided_at ORDER BY decided_at
     """
-    return [(row[0], row[1]) for row in await source.fetch(sql, run)]
+    return [(row[0], row[1]) for row in await source.fetch(sql, mark(run))]
 
 
 async def _copy_database(ground: Ground, merchant: str, run: str) -> str:

@@ -123,10 +123,16 @@ def trace(_scenario: Scenario, run: str, first: int) -> Iterator[Command]:
 
 
 def message_id(run: str, kind: str, number: int) -> str:
-    """Name something by a UUIDv7 of the moment, as an application does; what follows the time tells them apart."""
-    text = (time.time_ns() // 1_000_000).to_bytes(6).hex()
-    rest = blake2b(f"{run} {kind} {number}".encode(), digest_size=10).hexdigest()
-    return f"{text[:8]}-{text[8:]}-7{rest[1:4]}-a{rest[5:8]}-{rest[8:]}"
+    """Name something by a UUIDv7 of the moment, as an application does; its last part begins with the run's mark."""
+    at = (time.time_ns() // 1_000_000).to_bytes(6).hex()
+    rest = blake2b(f"{run} {kind} {number}".encode(), digest_size=7).hexdigest()
+    return f"{at[:8]}-{at[8:]}-7{rest[:3]}-a{rest[3:6]}-{mark(run)}{rest[6:]}"
+
+
+@cache
+def mark(run: str) -> str:
+    """Return the four hexadecimal digits that tell a run's ids from those of others."""
+    return blake2b(run.encode(), digest_size=2).hexdigest()
 
 
 def _operation(run: str, number: int, user: str, resource_amount: str) -> tuple[Command, Command]:
