@@ -173,7 +173,6 @@ class Kafka:
         return [
             f"-Xmx{os.environ.get('CREDITS_KAFKA_HEAP', '512m')}",
             "-XX:+UseG1GC",
-            "-XX:TieredStopAtLevel=1",
             "-XX:-UsePerfData",
             "-Djava.awt.headless=true",
             # Compiled libraries are unpacked there, and programs in `/tmp` may be forbidden.
