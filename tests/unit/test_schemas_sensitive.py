@@ -25,10 +25,6 @@ OTHER_NAMES = [
     "card_type", "shipping", "tracking", "track", "trackId", "opinion",
     "accounting", "number", "security", "code", "cvs", "discard_number",
 ]  # fmt: skip
-GROUPED = [
-    "4111 1111 1111 1111", "4111-1111-1111-1111", "4111 1111-1111 1111", "3782 822463 10005", "3782-822463-10005",
-    "4222-2222-2222-2", "4222 222 222 222", "6304 0000 0000 0000 018",
-]  # fmt: skip
 CARDS = [CARD, "378282246310005", "6011000990139424", "4222222222222", "6304000000000000018"]
 
 
@@ -41,38 +37,8 @@ def test_a_right_check_digit_makes_thirteen_to_nineteen_digits_a_card_number(car
     assert not is_card_number(card + " ")
 
 
-@pytest.mark.parametrize("text", ["", "0", "424242424242", "42424242424242424242", "pi_" + CARD])
+@pytest.mark.parametrize("text", ["", "0", "424242424242", "42424242424242424242", "4242-4242-4242-4242", "pi_" + CARD])
 def test_other_lengths_and_characters_are_no_card_number(text: str) -> None:
-    assert not is_card_number(text)
-
-
-@pytest.mark.parametrize("text", GROUPED)
-def test_a_card_number_in_groups_as_cards_show_it_is_one_too(text: str) -> None:
-    assert is_card_number(text)
-    assert not is_card_number(text[:-1] + str((int(text[-1]) + 1) % 10))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        # Each has a right check digit, or something inside of it has.
-        "4242-4242-4242-4242-4242",
-        "x-4242-4242-4242-4242",
-        "4242-4242-4242-4242-x",
-        "4242--4242-4242-4242",
-        "4242 - 4242 - 4242 - 4242",
-        "4242.4242.4242.4242",
-        "4242_4242_4242_4242",
-        "-4242-4242-4242-4242",
-        "4242-4242-4242-4242 ",
-        "2026-03-01-10-15-37",
-        "20260301-101537",
-        "1234567890123456-9",  # a lot_id of our own
-        "42424242-4242-4242-4242-424242424242",
-        "42424242424242424242424242424242",
-    ],
-)
-def test_what_only_holds_digits_and_dashes_is_no_card_number(text: str) -> None:
     assert not is_card_number(text)
 
 
@@ -171,20 +137,6 @@ def test_an_id_that_may_be_a_card_number_is_refused_and_not_repeated(name: str, 
     assert CARD not in str(error)
 
 
-@pytest.mark.parametrize("card", GROUPED)
-@pytest.mark.parametrize(
-    ("name", "member"),
-    [("Operation.Open", "user_id"), ("Purchase.Settled", "external_ref"), ("Refund.Apply", "refund_id")],
-)
-def test_an_id_that_may_be_a_card_number_in_groups_is_refused_too(name: str, member: str, card: str) -> None:
-    incoming = read(as_json(name, sample(name, **{member: card})), name)
-
-    assert incoming.error is not None
-    assert incoming.error.code is Code.SENSITIVE_DATA
-    assert card not in repr(incoming)
-    assert incoming.order != card
-
-
 @pytest.mark.parametrize("member", ["receipt_series_prefix", "credit_note_series_prefix"])
 def test_a_series_prefix_that_may_be_a_card_number_is_refused(member: str) -> None:
     config = sample("Merchant.Configure")["config"] | {member: CARD}
@@ -214,14 +166,6 @@ def test_a_purchases_numeric_reference_needs_the_pattern_of_its_payment_method(
     error = refusal("Purchase.Settled", sample("Purchase.Settled", external_ref=CARD), external_ref_patterns=patterns)
 
     assert (error is None) is allowed
-
-
-def test_a_reference_in_groups_is_matched_by_a_pattern_as_it_is_written() -> None:
-    purchase = sample("Purchase.Settled", external_ref="4111-1111-1111-1111")
-
-    for pattern, allowed in (("[0-9]{16}", False), ("[0-9]{4}(-[0-9]{4}){3}", True)):
-        error = refusal("Purchase.Settled", purchase, external_ref_patterns={"card": pattern})
-        assert (error is None) is allowed
 
 
 @pytest.mark.parametrize("name", ["Refund.Apply", "Chargeback.Apply"])
