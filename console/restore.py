@@ -120,6 +120,8 @@ async def _load(control_url: str, merchant: Merchant, dump: Path, database: str)
         await merchants.registry.make_role(connection, names(merchant.merchant_id)[0], merchant.password)
         await connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {quoted(database)} WITH (FORCE)")
         await connection.exec_driver_sql(f"CREATE DATABASE {quoted(database)} TEMPLATE template0")
+        # Its tables are open to the group of all merchants' roles.
+        await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
     url = make_url(on_database(control_url, database))
     run_program("pg_restore", ["--exit-on-error", "--no-owner", f"--dbname={database}", str(dump)], url)
     await runner.upgrade(url.render_as_string(hide_password=False), "merchant")

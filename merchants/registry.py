@@ -4,12 +4,15 @@ Each step is create-if-absent, under an advisory lock on the merchant: a registr
 simply done again.
 """
 
+import asyncio
+import random
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import URL, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from catalog.sql import fetch
@@ -19,6 +22,7 @@ from schemas.payloads import MerchantConfig
 
 TEMPLATE_DATABASE = "credits_template"
 WORKER_GROUP = "credits_worker"
+CLOSING_TRIES = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,22 +121,27 @@ async def provision(admin_url: str, merchant: Merchant, config: MerchantConfig, 
 
 
 async def close_common_databases(connection: AsyncConnection) -> None:
-    """Let no merchant's role into the control database, which it is connected to, and those that are no merchant's.
+    """Let no merchant's role into the control database, which it is connected to, the template, and PostgreSQL's own.
 
-    PostgreSQL opens a new database to all roles. Those of other applications on the same server are left alone, and so
-    is what belongs to another role.
+    PostgreSQL opens a new database to all roles. Those that other applications made on the same server are left alone,
+    and so is what belongs to another role.
     """
-    # Two sessions cannot change the rights on one database at the same time.
-    await fetch(connection, "SELECT pg_advisory_lock(hashtext('credits common databases'))")
     sql = """
     SELECT datname FROM pg_database
     WHERE (datname = current_database() OR datname = ANY ($1)) AND pg_has_role(datdba, 'USAGE')
         AND EXISTS (SELECT FROM aclexplode(coalesce(datacl, acldefault('d', datdba))) WHERE grantee = 0)
     """
     common = [TEMPLATE_DATABASE, "postgres", "template0", "template1"]
-    for (database,) in await fetch(connection, sql, common):
-        await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
-    await fetch(connection, "SELECT pg_advisory_unlock(hashtext('credits common databases'))")
+    for tries_left in reversed(range(CLOSING_TRIES)):
+        try:
+            for (database,) in await fetch(connection, sql, common):
+                await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
+            return
+        except DBAPIError as error:
+            # Two sessions cannot change the rights on one database at the same time, and locks are each database's own.
+            if not tries_left or "concurrently updated" not in str(error.orig):
+                raise
+            await asyncio.sleep(random.uniform(0, 0.1))
 
 
 async def make_role(connection: AsyncConnection, role: str, password: str) -> None:

@@ -24,7 +24,7 @@ import workers.inbox
 import workers.positions
 from merchants import schema
 from merchants.databases import engine_url
-from merchants.registry import TEMPLATE_DATABASE, names
+from merchants.registry import TEMPLATE_DATABASE, close_common_databases, names
 from merchants.schema import MigrationError, UnknownSchemaError, check, check_merchant, migrate, on_database, versions
 from migrations import runner
 from tests import builders
@@ -218,6 +218,31 @@ async def test_a_merchants_role_can_connect_to_its_own_database_only(control_url
     connection = await asyncpg.connect(own.set(drivername="postgresql").render_as_string(False))
     assert await connection.fetchval("SELECT current_database()") == name
     await connection.close()
+
+
+async def test_installations_on_one_server_close_its_databases_at_the_same_time(
+    control_url: str, services: Services
+) -> None:
+    urls = [control_url, services.database_url("second_control")]
+    for url in urls:
+        await migrate(url)
+
+    async def close(url: str) -> None:
+        engine = create_async_engine(engine_url(url), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        async with engine.connect() as connection:
+            await close_common_databases(connection)
+        await engine.dispose()
+
+    for _ in range(3):
+        for database in ("postgres", "template1", TEMPLATE_DATABASE):
+            await run(control_url, "postgres", f"GRANT CONNECT ON DATABASE {database} TO PUBLIC")
+        await asyncio.gather(*[close(url) for url in urls * 5])
+        connection = await asyncpg.connect(on_database(control_url, "postgres").replace("+asyncpg", ""))
+        rights = "SELECT grantee FROM pg_database, aclexplode(datacl) WHERE datname = ANY($1)"
+        granted = await connection.fetch(rights, ["postgres", "template1", TEMPLATE_DATABASE])
+        await connection.close()
+        assert granted
+        assert 0 not in [row["grantee"] for row in granted]
 
 
 async def run(control_url: str, database: str, statement: str) -> Any:

@@ -144,6 +144,13 @@ async def test_only_a_suspended_merchant_is_restored_and_only_from_its_own_dump(
     await backup(shop.settings.control_database_url, shop.merchant.merchant_id, tmp_path / "dump")
     with pytest.raises(StackError, match="a backup of somebody"):
         await restore(shop.settings, shop.merchant.merchant_id, tmp_path / "dump", QUIET)
+    # What was made is left for a look, not for other merchants' roles.
+    made = await shop.query(
+        "SELECT has_database_privilege('public', oid, 'CONNECT') FROM pg_database WHERE datname = $1",
+        f"{shop.database}_restored",
+        database="postgres",
+    )
+    assert [tuple(row) for row in made] == [(False,)]
 
 
 async def test_what_cannot_be_reproduced_leaves_the_database_alone(shop: Shop, tmp_path: Path) -> None:
