@@ -429,3 +429,9 @@ async def test_an_erased_user_is_gone_by_name_and_found_without_personal_data_by
     assert "Eve Adams" not in text
     assert '"eve"' not in text
     assert "buyer_digest" in text
+
+    own = shop.api.holding(await shop.api.make_token("user", shop.api.merchant_id, "eve"))
+    assert await own.problem("/operations/op-e") == (410, "account_erased")
+    assert await own.problem("/commands", source="test", id="e-open") == (410, "account_erased")
+    for what in ("/purchases", "/operations"):
+        assert await own.problem(what, user_id="eve") == (410, "account_erased"), what

@@ -23,15 +23,19 @@ NOBODY = -1
 Renderer = Callable[[Call, Shown], Awaitable[bytes]]
 
 
-def own_account(call: Call) -> int | None:
-    """Return the account a user is confined to; None for those who see all."""
+async def own_account(call: Call) -> int | None:
+    """Return the account a user is confined to; None for those who see all. Raises account_erased."""
     if call.role in READERS:
         return None
     assert call.subject is not None
-    return account_id_of(call.subject, call.merchant.secret)
+    account_id = account_id_of(call.subject, call.merchant.secret)
+    account = await ledger.queries.find_account(call.connection, account_id, call.subject)
+    if account is not None and account.user_id != call.subject:
+        raise problem(Code.ACCOUNT_ERASED)
+    return account_id
 
 
-def check_own(call: Call) -> None:
+async def check_own(call: Call) -> None:
     """Let a user have a merchant's list only of what is their own, which they say by naming themselves."""
     if call.role != USER:
         return
@@ -39,6 +43,7 @@ def check_own(call: Call) -> None:
         raise problem(Code.FORBIDDEN, "a user names themselves with user_id")
     if call.query["user_id"] != call.subject:
         raise problem(Code.UNKNOWN_USER)
+    await own_account(call)
 
 
 async def _with_account(call: Call) -> dict[str, Any]:
@@ -100,7 +105,7 @@ async def document(call: Call) -> Shown:
     account_id, shown = call.require(
         await receipts.queries.document(call.connection, call.path["number"]), Code.UNKNOWN_RECEIPT
     )
-    if own_account(call) not in (None, account_id):
+    if await own_account(call) not in (None, account_id):
         raise problem(Code.UNKNOWN_RECEIPT)
     return dict(shown)
 
@@ -127,7 +132,7 @@ RENDERERS: dict[str, Renderer] = {
 
 
 async def operations(call: Call) -> list[Shown]:
-    check_own(call)
+    await check_own(call)
     filters = await _with_account(call)
     found = await ledger.queries.operations(
         call.connection, after=_time_and_id(call.after), limit=call.limit + 1, filters=filters
@@ -143,7 +148,7 @@ async def operation(call: Call) -> Shown:
     account_id, shown = call.require(
         await ledger.queries.operation(call.connection, call.path["operation"]), Code.OPERATION_NOT_FOUND
     )
-    if own_account(call) not in (None, account_id):
+    if await own_account(call) not in (None, account_id):
         raise problem(Code.OPERATION_NOT_FOUND)
     return dict(shown)
 
@@ -163,7 +168,7 @@ async def operation_metrics(call: Call) -> list[Shown]:
 
 
 async def purchases(call: Call) -> list[Shown]:
-    check_own(call)
+    await check_own(call)
     if call.query.get("needs_attention"):
         return await _purchases_needing_attention(call)
     filters = await _with_account(call)
@@ -193,7 +198,7 @@ async def _purchases_needing_attention(call: Call) -> list[Shown]:
 
 async def command(call: Call) -> Shown:
     """Show a command's stored result."""
-    source, message_id, own = call.query["source"], call.query["id"], own_account(call)
+    source, message_id, own = call.query["source"], call.query["id"], await own_account(call)
     result = await queries.stored_result(call.connection, source, message_id, own)
     if result is not None:
         return result

@@ -159,9 +159,9 @@ def _page(item: dict[str, Any], *, with_cut: bool) -> dict[str, Any]:
 
 def _responses(endpoint: Endpoint, content: dict[str, Any]) -> dict[str, Any]:
     tag = {"ETag": {"description": "Names this answer.", "schema": {"type": "string"}}}
-    statuses = {400, 401, 403, 404, 413, 422, 429, 500, 503}
+    statuses = {400, 401, 403, 404, REGISTRY[Code.ACCOUNT_ERASED].http_status, 413, 422, 429, 500, 503}
     if endpoint.is_about_user:
-        statuses |= {REGISTRY[Code.NOT_DUE].http_status, REGISTRY[Code.ACCOUNT_ERASED].http_status}
+        statuses.add(REGISTRY[Code.NOT_DUE].http_status)
     return {
         "200": {"description": "The answer.", "headers": tag, "content": {"application/json": content}},
         "304": {"$ref": "#/components/responses/NotModified"},
