@@ -158,20 +158,19 @@ async def test_a_message_without_identity_is_a_pointer_in_the_dead_letter_topic(
 
 
 @pytest.mark.parametrize("header", ["ce_id", "ce_source", "ce_type"])
-@pytest.mark.parametrize("number", [CARD, DASHED])
 async def test_a_card_number_for_an_identity_is_a_dead_letter_that_does_not_repeat_it(
-    shop: Merchant, running: Running, user: MakeUser, header: str, number: str
+    shop: Merchant, running: Running, user: MakeUser, header: str
 ) -> None:
     between = Surrounded(shop, user())
-    sent = await between.send("Grant.Apply", grant(), headers={header: number})
+    sent = await between.send("Grant.Apply", grant(), headers={header: CARD})
     letter = await shop.dead_letter(sent)
     assert set(letter.body) == {"topic", "partition", "offset", "sha256", "code", "message"}
     assert (letter.body["sha256"], letter.body["code"]) == (sent.sha256, "sensitive_data")
-    assert number not in f"{letter.value!r} {letter.headers} {letter.key!r}"
+    assert CARD not in f"{letter.value!r} {letter.headers} {letter.key!r}"
     await between.check()
-    assert [result for result in shop.said("results") if number.encode() in result.value] == []
+    assert [result for result in shop.said("results") if CARD.encode() in result.value] == []
     rows = await dump(running, shop)
-    assert [row for row in rows if number in row] == []
+    assert [row for row in rows if CARD in row] == []
     place = f"{sent.topic} {sent.partition} {sent.offset}"
     assert len([row for row in rows if "dead_letters" in row and place in row]) == 1
 
