@@ -367,6 +367,7 @@ async def test_a_consumer_of_receipts_reads_and_exports_them(script: Script, acm
     script.put({"2026-01-31": acme.now(86_400)[:10]})
 
     assert "<html" in await script.get("text/html")
+    assert json.loads(await script.get("application/json"))["status"] == "paid"
     assert "1 documents" in await script.run("credits receipts export acme")
 
 
