@@ -259,7 +259,6 @@ async def _swap(control_url: str, role: str, database: str, made: str) -> str | 
             await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(kept)} FROM PUBLIC, {quoted(role)}")
         await _disconnect(connection, made)
         await connection.exec_driver_sql(f"ALTER DATABASE {quoted(made)} RENAME TO {quoted(database)}")
-        await connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC")
         await connection.exec_driver_sql(f"GRANT CONNECT ON DATABASE {quoted(database)} TO {quoted(role)}")
     return kept
 

@@ -93,6 +93,12 @@ async def trade(shop: Shop, seed: int) -> None:
     await shop.work(batch_max=50)
 
 
+async def open_to_everybody(shop: Shop, database: str) -> list[bool]:
+    """Tell of a database, if there is one, whether any role may connect to it."""
+    sql = "SELECT has_database_privilege('public', oid, 'CONNECT') FROM pg_database WHERE datname = $1"
+    return [row[0] for row in await shop.query(sql, database, database="postgres")]
+
+
 async def test_a_lost_database_comes_back_with_the_same_bytes(shop: Shop, tmp_path: Path) -> None:
     await trade(shop, 1)
     await backup(shop.settings.control_database_url, shop.merchant.merchant_id, tmp_path / "dump")
@@ -113,6 +119,7 @@ async def test_a_lost_database_comes_back_with_the_same_bytes(shop: Shop, tmp_pa
 
     assert restored.report.entries > 40
     assert restored.kept is None
+    assert await open_to_everybody(shop, shop.database) == [False]
     assert restored.outcome.commands > 80
     after = await shop.tables()
     for name, rows in before.items():
@@ -145,12 +152,7 @@ async def test_only_a_suspended_merchant_is_restored_and_only_from_its_own_dump(
     with pytest.raises(StackError, match="a backup of somebody"):
         await restore(shop.settings, shop.merchant.merchant_id, tmp_path / "dump", QUIET)
     # What was made is left for a look, not for other merchants' roles.
-    made = await shop.query(
-        "SELECT has_database_privilege('public', oid, 'CONNECT') FROM pg_database WHERE datname = $1",
-        f"{shop.database}_restored",
-        database="postgres",
-    )
-    assert [tuple(row) for row in made] == [(False,)]
+    assert await open_to_everybody(shop, f"{shop.database}_restored") == [False]
 
 
 async def test_what_cannot_be_reproduced_leaves_the_database_alone(shop: Shop, tmp_path: Path) -> None:
