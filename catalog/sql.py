@@ -1,13 +1,17 @@
 """Set-based statements over the declared tables, shared by every store.
 
 One statement writes any number of rows: columns travel as arrays through ``unnest``.
+
+SQLAlchemy's share of a statement is 46 of 78 µs in this process, and a small batch is little but statements. So what
+every batch does goes to the driver, once the transaction is open: SQLAlchemy begins it with a statement of its own.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
+import asyncpg
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -54,13 +58,11 @@ async def insert_rows(
 
     Many rows travel by COPY, which costs a third of what encoding arrays does.
     """
-    if len(rows) >= COPY_ROWS_MIN and not suffix:
-        raw = await connection.get_raw_connection()
-        driver = raw.driver_connection
-        assert driver is not None
+    driver = _driver_in_transaction(connection)
+    if driver is not None and len(rows) >= COPY_ROWS_MIN and not suffix:
         await driver.copy_records_to_table(table.name, records=rows, columns=columns)
     elif rows:
-        await connection.exec_driver_sql(insert_sql(table, columns, suffix), _columns_of(rows))
+        await execute(connection, insert_sql(table, columns, suffix), *_columns_of(rows))
 
 
 async def insert_objects(
@@ -79,17 +81,40 @@ async def update_objects(
     rows = [read(item) for item in objects]
     if not rows:
         return 0
-    result = await connection.exec_driver_sql(update_sql(table, keys, columns), _columns_of(rows))
-    return result.rowcount
+    return await execute(connection, update_sql(table, keys, columns), *_columns_of(rows))
 
 
 async def delete_keys(
     connection: AsyncConnection, table: Table, keys: tuple[str, ...], rows: Sequence[Sequence[Any]]
 ) -> None:
     if rows:
-        await connection.exec_driver_sql(delete_sql(table, keys), _columns_of(rows))
+        await execute(connection, delete_sql(table, keys), *_columns_of(rows))
+
+
+async def execute(connection: AsyncConnection, sql: str, *parameters: Any) -> int:
+    """Run one statement of ours that changes rows; returns how many."""
+    driver = _driver_in_transaction(connection)
+    if driver is None:
+        return (await connection.exec_driver_sql(sql, parameters)).rowcount
+    # "UPDATE 7", "INSERT 0 7"
+    return int((await driver.execute(sql, *parameters)).rpartition(" ")[2])
 
 
 async def fetch(connection: AsyncConnection, sql: str, *parameters: Any) -> Sequence[Any]:
     """Run one statement of ours with ``$1`` parameters; returns all rows."""
     return (await connection.exec_driver_sql(sql, parameters)).all()
+
+
+async def fetch_tuples(connection: AsyncConnection, sql: str, *parameters: Any) -> Sequence[Sequence[Any]]:
+    """As ``fetch``, for what every batch reads: the members of a row have no names, only places."""
+    driver = _driver_in_transaction(connection)
+    if driver is None:
+        return await fetch(connection, sql, *parameters)
+    return cast(Sequence[Sequence[Any]], await driver.fetch(sql, *parameters))
+
+
+def _driver_in_transaction(connection: AsyncConnection) -> asyncpg.Connection | None:
+    """Return the driver's own connection if a transaction is open on it."""
+    assert connection.sync_connection is not None
+    driver = connection.sync_connection.connection.driver_connection
+    return driver if driver is not None and driver.is_in_transaction() else None

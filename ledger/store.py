@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from catalog.sql import delete_keys, fetch, insert_objects, insert_rows, update_objects
+from catalog.sql import delete_keys, fetch_tuples, insert_objects, insert_rows, update_objects
 from ledger import tables
 from ledger.books import Books
 from ledger.model import Account, Debt, Lot, Operation, Purchase, Reversal
@@ -52,23 +52,23 @@ SELECT {_list(tables.reversals)} FROM reversals WHERE external_ref = ANY($1::tex
 async def accounts_of_purchases(connection: AsyncConnection, external_refs: Sequence[str]) -> dict[str, int]:
     """Whose purchases these are. A purchase never changes hands, so no lock is needed."""
     sql = "SELECT external_ref, account_id FROM purchases WHERE external_ref = ANY($1::text[])"
-    return {row[0]: row[1] for row in await fetch(connection, sql, list(external_refs))} if external_refs else {}
+    return {row[0]: row[1] for row in await fetch_tuples(connection, sql, list(external_refs))} if external_refs else {}
 
 
 async def purchases_of_disputes(connection: AsyncConnection, dispute_ids: Sequence[str]) -> dict[str, str]:
     sql = "SELECT key, external_ref FROM reversals WHERE kind = 'chargeback' AND key = ANY($1::text[])"
-    return {row[0]: row[1] for row in await fetch(connection, sql, list(dispute_ids))} if dispute_ids else {}
+    return {row[0]: row[1] for row in await fetch_tuples(connection, sql, list(dispute_ids))} if dispute_ids else {}
 
 
 async def accounts_of_tombstones(connection: AsyncConnection, user_ids: Sequence[str]) -> dict[str, int]:
     sql = "SELECT user_id, account_id FROM accounts WHERE user_id = ANY($1::text[]) AND erased_at IS NOT NULL"
-    return {row[0]: row[1] for row in await fetch(connection, sql, list(user_ids))} if user_ids else {}
+    return {row[0]: row[1] for row in await fetch_tuples(connection, sql, list(user_ids))} if user_ids else {}
 
 
 async def lock_accounts(connection: AsyncConnection, account_ids: Iterable[int]) -> dict[int, Account]:
     """Lock the accounts that exist, in order of their ids, and read them as they are then."""
     wanted = sorted(account_ids)
-    rows = await fetch(connection, _LOCK_ACCOUNTS, wanted) if wanted else ()
+    rows = await fetch_tuples(connection, _LOCK_ACCOUNTS, wanted) if wanted else ()
     return {row[0]: Account(*row) for row in rows}
 
 
@@ -89,9 +89,9 @@ async def load(
     named = set(named_lots)
     refs = sorted(set(external_refs))
     if refs:
-        for row in await fetch(connection, _LOAD_PURCHASES, refs):
+        for row in await fetch_tuples(connection, _LOAD_PURCHASES, refs):
             books.purchases[row[0]] = Purchase(*row)
-        for row in await fetch(connection, _LOAD_REVERSALS, list(books.purchases)):
+        for row in await fetch_tuples(connection, _LOAD_REVERSALS, list(books.purchases)):
             reversal = Reversal(*row)
             books.reversals[reversal.kind, reversal.key] = reversal
             books.reversals_of.setdefault(reversal.external_ref, []).append(reversal)
@@ -100,11 +100,11 @@ async def load(
     if accounts:
         await _load_lots(connection, books, named, lots_wanted)
         in_debt = sorted(a.account_id for a in accounts.values() if a.debt)
-        for row in await fetch(connection, _LOAD_DEBTS, in_debt) if in_debt else ():
+        for row in await fetch_tuples(connection, _LOAD_DEBTS, in_debt) if in_debt else ():
             books.debts.setdefault(row[0], []).append(Debt(*row))
     ids = set(operation_ids) | {a.open_operation for a in accounts.values() if a.open_operation is not None}
     if ids:
-        for row in await fetch(connection, _LOAD_OPERATIONS, sorted(ids)):
+        for row in await fetch_tuples(connection, _LOAD_OPERATIONS, sorted(ids)):
             books.operations[row[0]] = Operation(*row)
 
 
@@ -116,7 +116,7 @@ async def _load_lots(
     books.lots_complete |= books.accounts.keys() - set(holders)
     most = [lots_wanted.get(account_id, LOTS_AT_FIRST) for account_id in holders]
     if holders:
-        for row in await fetch(connection, _LOAD_LOTS, holders, most, books.now):
+        for row in await fetch_tuples(connection, _LOAD_LOTS, holders, most, books.now):
             books.lots_by_id[row[0], row[1]] = Lot(*row)
     for lot in sorted(books.lots_by_id.values(), key=lambda lot: lot.user_seq):
         books.lots.setdefault(lot.account_id, []).append(lot)
@@ -128,7 +128,7 @@ async def _load_lots(
     missing = sorted(named - books.lots_by_id.keys())
     if missing:
         columns = [list(column) for column in zip(*missing, strict=True)]
-        for row in await fetch(connection, _LOAD_NAMED_LOTS, *columns):
+        for row in await fetch_tuples(connection, _LOAD_NAMED_LOTS, *columns):
             # Kept out of the FIFO list even when unspent: that must stay a gapless head of the order.
             books.lots_by_id[row[0], row[1]] = Lot(*row)
 
@@ -200,4 +200,4 @@ async def save_refusals(connection: AsyncConnection, rows: Sequence[Sequence[obj
 
 async def due_partition_month(connection: AsyncConnection, at: datetime) -> bool:
     """Make the partitions of the month of ``at``, if they are not there; returns whether any was made."""
-    return bool((await fetch(connection, "SELECT ensure_month($1::timestamptz::date)", at))[0][0])
+    return bool((await fetch_tuples(connection, "SELECT ensure_month($1::timestamptz::date)", at))[0][0])

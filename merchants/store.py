@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from catalog.sql import delete_keys, fetch, insert_rows
+from catalog.sql import delete_keys, fetch_tuples, insert_rows
 from merchants import tables
 from merchants.decisions import Settings
 from schemas.canonical import canonical_json
@@ -31,7 +31,7 @@ SELECT config_version, catalog_version, clock_offset, suspended, clock_timestamp
 
 
 async def read_state(connection: AsyncConnection, *, for_update: bool = False) -> State:
-    rows = await fetch(connection, _READ_STATE + ("FOR UPDATE" if for_update else ""))
+    rows = await fetch_tuples(connection, _READ_STATE + ("FOR UPDATE" if for_update else ""))
     return State(*rows[0])
 
 
@@ -41,7 +41,7 @@ async def set_suspended(connection: AsyncConnection, suspended: bool) -> None:
 
 
 async def read_config(connection: AsyncConnection, version: int) -> MerchantConfig:
-    rows = await fetch(connection, "SELECT config::text FROM merchant_config WHERE version = $1", version)
+    rows = await fetch_tuples(connection, "SELECT config::text FROM merchant_config WHERE version = $1", version)
     return MerchantConfig.model_validate(json.loads(rows[0][0]))
 
 
@@ -50,12 +50,12 @@ async def load_prefixes(connection: AsyncConnection) -> set[tuple[str, str]]:
     sql = """
     SELECT DISTINCT config ->> 'receipt_series_prefix', config ->> 'credit_note_series_prefix' FROM merchant_config
     """
-    return {(row[0], row[1]) for row in await fetch(connection, sql)}
+    return {(row[0], row[1]) for row in await fetch_tuples(connection, sql)}
 
 
 async def load_roles(connection: AsyncConnection, subjects: Sequence[int]) -> dict[int, str]:
     sql = "SELECT account_id, role FROM user_roles WHERE account_id = ANY($1::bigint[])"
-    return {row[0]: row[1] for row in await fetch(connection, sql, list(subjects))} if subjects else {}
+    return {row[0]: row[1] for row in await fetch_tuples(connection, sql, list(subjects))} if subjects else {}
 
 
 async def add_config(
@@ -92,7 +92,7 @@ async def advances_since(
     SELECT advanced_at, make_interval(secs => seconds) FROM clock_advances
     WHERE advanced_at > $1 AND clock_offset <= $2
     """
-    return [(row[0], row[1]) for row in await fetch(connection, sql, moment, clock_offset)]
+    return [(row[0], row[1]) for row in await fetch_tuples(connection, sql, moment, clock_offset)]
 
 
 async def advance_clock(connection: AsyncConnection, seconds: int, command: bytes) -> tuple[timedelta, datetime]:
@@ -110,5 +110,5 @@ async def advance_clock(connection: AsyncConnection, seconds: int, command: byte
         (seconds, command),
     )
     sql = "SELECT clock_offset, advanced_at + clock_offset FROM clock_advances WHERE command = $1"
-    row = (await fetch(connection, sql, command))[0]
+    row = (await fetch_tuples(connection, sql, command))[0]
     return row[0], row[1]

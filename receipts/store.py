@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from catalog.sql import fetch, insert_objects, update_objects
+from catalog.sql import fetch_tuples, insert_objects, update_objects
 from receipts import tables
 from receipts.model import GENESIS, Archive, BuyerBlock, Document, Series
 
@@ -23,13 +23,13 @@ LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 async def lock_series(connection: AsyncConnection, prefixes: Iterable[str]) -> dict[str, Series]:
     """Lock series by prefix, in order, making those that are new."""
-    rows = await fetch(connection, _LOCK_SERIES, sorted(set(prefixes)), GENESIS)
+    rows = await fetch_tuples(connection, _LOCK_SERIES, sorted(set(prefixes)), GENESIS)
     return {row[0]: Series(row[0], row[1], row[2], row[3] or LONG_AGO, row[4]) for row in rows}
 
 
 async def read_clock(connection: AsyncConnection) -> datetime:
     """Read the database's clock; for a document only after its series is locked."""
-    at: datetime = (await fetch(connection, "SELECT clock_timestamp()"))[0][0]
+    at: datetime = (await fetch_tuples(connection, "SELECT clock_timestamp()"))[0][0]
     return at
 
 
@@ -37,7 +37,7 @@ async def load_archive(connection: AsyncConnection, external_refs: Sequence[str]
     """Read the documents already issued for these purchases, in order of issue."""
     archive = Archive()
     sql = "SELECT body FROM documents WHERE external_ref = ANY($1::text[]) ORDER BY issued_at, prefix, sequence"
-    for row in await fetch(connection, sql, list(external_refs)) if external_refs else ():
+    for row in await fetch_tuples(connection, sql, list(external_refs)) if external_refs else ():
         archive.add(json.loads(row[0]))
     return archive
 
@@ -48,7 +48,7 @@ async def load_buyers(connection: AsyncConnection, external_refs: Sequence[str])
     SELECT d.external_ref, b.block FROM documents d JOIN buyers b USING (number)
     WHERE d.external_ref = ANY($1::text[]) AND d.kind = 'receipt'
     """
-    rows = await fetch(connection, sql, list(external_refs)) if external_refs else ()
+    rows = await fetch_tuples(connection, sql, list(external_refs)) if external_refs else ()
     return {row[0]: row[1] for row in rows}
 
 
@@ -71,7 +71,7 @@ async def erase_buyers(connection: AsyncConnection, account_ids: Sequence[int]) 
 
 async def existing_numbers(connection: AsyncConnection, numbers: Sequence[str]) -> set[str]:
     sql = "SELECT number FROM documents WHERE number = ANY($1::text[])"
-    return {row[0] for row in await fetch(connection, sql, list(numbers))}
+    return {row[0] for row in await fetch_tuples(connection, sql, list(numbers))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,4 +101,4 @@ async def documents_of(connection: AsyncConnection, commands: Sequence[bytes]) -
     if not commands:
         return []
     sql = f"{SELECT_STORED} WHERE d.command = ANY($1::bytea[]) ORDER BY d.issued_at, d.prefix, d.sequence"
-    return [Stored(*row) for row in await fetch(connection, sql, list(commands))]
+    return [Stored(*row) for row in await fetch_tuples(connection, sql, list(commands))]

@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from catalog.sql import delete_keys, fetch, insert_objects, update_objects
+from catalog.sql import delete_keys, fetch_tuples, insert_objects, update_objects
 from schemas.canonical import canonical_json, compact_json
 from schemas.codec import Encoding
 from schemas.envelope import Incoming, Undeliverable, business_key_digest, message_identity
@@ -188,8 +188,8 @@ async def load(
     sql = f"{select} WHERE i.identity = ANY($1::bytea[])"
     if keys:
         sql += f" UNION ALL {select} WHERE i.business_key = ANY($2::bytea[])"
-        return [Row(*row) for row in await fetch(connection, sql, list(identities), list(keys))]
-    return [Row(*row) for row in await fetch(connection, sql, list(identities))]
+        return [Row(*row) for row in await fetch_tuples(connection, sql, list(identities), list(keys))]
+    return [Row(*row) for row in await fetch_tuples(connection, sql, list(identities))]
 
 
 async def save(connection: AsyncConnection, new: Sequence[Row], resolved: Sequence[Row]) -> None:
@@ -216,7 +216,7 @@ async def parked_for(
        OR account_id = ANY($3::bigint[]) OR identity = ANY($4::bytea[])
     ORDER BY arrived {"FOR UPDATE" if lock else ""}
     """
-    return [Parked(*row) for row in await fetch(connection, sql, kinds, keys, list(accounts), list(identities))]
+    return [Parked(*row) for row in await fetch_tuples(connection, sql, kinds, keys, list(accounts), list(identities))]
 
 
 async def save_parked(
@@ -238,7 +238,7 @@ async def load_dead_letters(connection: AsyncConnection, positions: Sequence[Pos
     JOIN dead_letters d USING (topic, partition, kafka_offset)
     """
     columns = [list(column) for column in zip(*positions, strict=True)]
-    return [DeadLetter(*row) for row in await fetch(connection, sql, *columns)] if positions else []
+    return [DeadLetter(*row) for row in await fetch_tuples(connection, sql, *columns)] if positions else []
 
 
 def result_text(row: Row) -> str:

@@ -100,7 +100,7 @@ def is_trouble(error: BaseException) -> bool:
     if isinstance(error, (DBAPIError, asyncpg.PostgresError)):
         state = sqlstate(error)
         return not state or state.startswith(_TROUBLE) or getattr(error, "connection_invalidated", False)
-    # COPY goes around SQLAlchemy, so the driver's own errors come as they are; its complaints about values are ours.
+    # Most statements go around SQLAlchemy, so the driver's errors come as they are; its complaints of values are ours.
     if isinstance(error, asyncpg.InterfaceError):
         return not isinstance(error, ValueError)
     return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))

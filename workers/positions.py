@@ -11,7 +11,7 @@ from aiokafka import TopicPartition as TP
 from sqlalchemy import BigInteger, Column, Integer, MetaData, Table, Text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from catalog.sql import fetch, insert_rows
+from catalog.sql import execute, fetch_tuples, insert_rows
 from workers.faults import planted
 from workers.lanes import Lease
 
@@ -106,11 +106,11 @@ async def lock(connection: AsyncConnection, partitions: Iterable[TP], claim: Cla
     """Lock the rows of the partitions, in order; those never seen begin at 0, owned by the claimant."""
     wanted = sorted(partitions)
     columns = [tp.topic for tp in wanted], [tp.partition for tp in wanted]
-    found = await fetch(connection, _LOCK, *columns)
+    found = await fetch_tuples(connection, _LOCK, *columns)
     if len(found) < len(wanted):
         rows = [(tp.topic, tp.partition, claim.worker_id, claim.generation, 0, 0) for tp in wanted]
         await insert_rows(connection, positions, _COLUMNS, rows, "ON CONFLICT DO NOTHING")
-        found = await fetch(connection, _LOCK, *columns)
+        found = await fetch_tuples(connection, _LOCK, *columns)
     return {TP(row[0], row[1]): Position(*row[2:]) for row in found}
 
 
@@ -129,7 +129,7 @@ async def save(connection: AsyncConnection, rows: Mapping[TP, Position]) -> None
         (tp.topic, tp.partition, row.owner, row.generation, row.applied_next, row.published_next)
         for tp, row in rows.items()
     ]
-    await connection.exec_driver_sql(sql, tuple(map(list, zip(*values, strict=True))))
+    await execute(connection, sql, *map(list, zip(*values, strict=True)))
 
 
 async def take_over(connection: AsyncConnection, partitions: Iterable[TP], claim: Claim) -> None:

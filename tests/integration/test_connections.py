@@ -6,12 +6,15 @@ from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import BigInteger, Column, MetaData, Table
+from sqlalchemy.exc import DBAPIError
 
-from catalog.sql import fetch
+from catalog.sql import COPY_ROWS_MIN, execute, fetch, fetch_tuples, insert_rows
 from merchants.databases import WRITER_SETTINGS, create_engine, engine_url
 from merchants.schema import migrate
 from tests.integration.shop import open_shop
 from tests.services import Services
+from workers.pipeline import is_trouble
 
 NUMBERS = "SELECT unnest($1::bigint[]), unnest($2::oid[])"
 
@@ -46,6 +49,60 @@ async def test_types_made_in_a_database_are_asked_for_on_each_connection(service
             rows = await fetch(connection, "SELECT unnest($1::pg_temp.colour[])::text", ["red", f"shade {number}"])
             assert [row[0] for row in rows] == ["red", f"shade {number}"]
         await engine.dispose()
+
+
+async def test_what_the_first_statement_of_a_transaction_copied_is_undone_with_it(services: Services) -> None:
+    url = services.database_url("postgres")
+    table = Table(f"copied_{secrets.token_hex(4)}", MetaData(), Column("number", BigInteger))
+    engine = create_engine(engine_url(url), WRITER_SETTINGS, pool_size=1)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql(f"CREATE TABLE {table.name} (number bigint)")
+    rows = [(number,) for number in range(COPY_ROWS_MIN)]
+
+    async def give_up(statements_before: int) -> None:
+        async with engine.begin() as connection:
+            for _ in range(statements_before):
+                await fetch_tuples(connection, "SELECT 1")
+            await insert_rows(connection, table, ("number",), rows)
+            raise RuntimeError("undone")
+
+    for statements_before in (0, 1):
+        with pytest.raises(RuntimeError, match="undone"):
+            await give_up(statements_before)
+        async with engine.begin() as connection:
+            assert await execute(connection, f"DELETE FROM {table.name}") == 0
+
+    async with engine.begin() as connection:
+        await insert_rows(connection, table, ("number",), rows)
+        await insert_rows(connection, table, ("number",), rows)
+        assert await execute(connection, f"DELETE FROM {table.name}") == 2 * COPY_ROWS_MIN
+        await connection.exec_driver_sql(f"DROP TABLE {table.name}")
+    await engine.dispose()
+
+
+async def test_a_connection_lost_between_two_statements_is_replaced(services: Services) -> None:
+    url = services.database_url("postgres")
+    engine = create_engine(engine_url(url), WRITER_SETTINGS, pool_size=1)
+    pid = "SELECT pg_backend_pid()"
+    pids: list[int] = []
+
+    async def lose() -> None:
+        async with engine.begin() as connection:
+            pids.extend((await fetch_tuples(connection, pid))[0])
+            killer = await asyncpg.connect(url)
+            await killer.execute("SELECT pg_terminate_backend($1, 5000)", pids[0])
+            await killer.close()
+            await fetch_tuples(connection, pid)
+
+    with pytest.raises((DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError)) as lost:
+        await lose()
+    assert is_trouble(lost.value)
+
+    async with engine.begin() as connection:
+        for _ in range(2):
+            pids.extend((await fetch_tuples(connection, pid))[0])
+    assert pids[0] != pids[1] == pids[2]
+    await engine.dispose()
 
 
 async def test_a_merchant_without_batches_costs_no_connection_of_its_own(services: Services) -> None:
