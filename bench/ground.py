@@ -42,7 +42,7 @@ class Ground:
     """The stack under test; `start` makes it anew, `stop` leaves nothing behind.
 
     Args:
-        workers: how many worker processes serve a scenario.
+        workers: how many worker processes serve a scenario at least.
         batch_max: commands of one transaction at most.
     """
 
@@ -80,10 +80,10 @@ class Ground:
 
     @asynccontextmanager
     async def serving(
-        self, merchants: Sequence[str], environment: Mapping[str, str] | None = None
+        self, merchants: Sequence[str], environment: Mapping[str, str] | None = None, *, workers: int = 1
     ) -> AsyncIterator[None]:
         """Run workers that serve only these merchants; their registration may come later."""
-        names = [f"worker-{number + 1}" for number in range(self.workers)]
+        names = [f"worker-{number + 1}" for number in range(max(self.workers, workers))]
         env = {
             "CREDITS_MERCHANTS": ",".join(merchants),
             "CREDITS_BATCH_MAX": str(self.batch_max),

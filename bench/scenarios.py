@@ -55,6 +55,7 @@ class Scenario:
         commands: of all merchants together, in a full run.
         users: of all merchants together.
         make: returns the commands of one merchant, without an end.
+        workers: processes that serve it, if not more are asked for.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Scenario:
     commands: int = 60_000
     users: int = 10_000
     receipts: bool = False
+    workers: int = 1
 
     @property
     def users_each(self) -> int:
@@ -194,6 +196,7 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("many_users", "many users", operations),
+        Scenario("many_users_2_workers", "many users, 2 workers", operations, workers=2),
         Scenario("hot_user", "one hot user", operations, users=1),
         Scenario("merchants_1", "1 merchant", operations, partitions=1),
         Scenario("merchants_10", "10 merchants", operations, merchants=10, partitions=1, commands=100_000),

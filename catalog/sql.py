@@ -16,8 +16,6 @@ from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-COPY_ROWS_MIN = 32
-
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it so
 
 
@@ -56,12 +54,14 @@ async def insert_rows(
 ) -> None:
     """Insert rows given as tuples in the order of ``columns``; nothing for no rows.
 
-    Many rows travel by COPY, which costs a third of what encoding arrays does.
+    They travel by COPY where they can: it takes two thirds of the time for two rows, and less the more there are.
     """
+    if not rows:
+        return
     driver = _driver_in_transaction(connection)
-    if driver is not None and len(rows) >= COPY_ROWS_MIN and not suffix:
+    if driver is not None and not suffix:
         await driver.copy_records_to_table(table.name, records=rows, columns=columns)
-    elif rows:
+    else:
         await execute(connection, insert_sql(table, columns, suffix), *_columns_of(rows))
 
 
