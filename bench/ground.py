@@ -42,7 +42,7 @@ class Ground:
     """The stack under test; `start` makes it anew, `stop` leaves nothing behind.
 
     Args:
-        workers: how many worker processes serve a scenario at least.
+        workers: how many worker processes serve a scenario that does not say so itself.
         batch_max: commands of one transaction at most.
     """
 
@@ -78,12 +78,16 @@ class Ground:
 
     # Workers
 
+    def workers_of(self, scenario: Scenario) -> int:
+        """Return how many workers serve a scenario."""
+        return scenario.workers or self.workers
+
     @asynccontextmanager
     async def serving(
-        self, merchants: Sequence[str], environment: Mapping[str, str] | None = None, *, workers: int = 1
+        self, merchants: Sequence[str], environment: Mapping[str, str] | None = None, *, workers: int | None = None
     ) -> AsyncIterator[None]:
         """Run workers that serve only these merchants; their registration may come later."""
-        names = [f"worker-{number + 1}" for number in range(max(self.workers, workers))]
+        names = [f"worker-{number + 1}" for number in range(workers or self.workers)]
         env = {
             "CREDITS_MERCHANTS": ",".join(merchants),
             "CREDITS_BATCH_MAX": str(self.batch_max),

@@ -24,7 +24,7 @@ DRAINS = 3
 # After a checkpoint the first change of each page writes the whole page to the WAL. So many commands touch most pages
 # of the indexes of ten million entries.
 WARM_UP_COMMANDS = 200_000
-# Pages that are full at every point: a user of the empty ledger has some 20 entries by the time of the questions.
+# A page of entries that is full at every point: a user of the empty ledger has 17 by the time of the questions.
 ASKED = QUERIES | {"ledger": "ledger?limit=10"}
 LOTS = 10_000
 LOT_CREDITS = 1_000

@@ -33,25 +33,34 @@ PARALLEL = 2  # merchants written to at once: as many as there are cores
 
 
 async def plain(ground: Ground, scenario: Scenario, count: int, tasks: int) -> float:
-    """Return the commands a second of the plain worker on the scenario's merchants, which nobody serves now."""
+    """Return the commands a second of the plain worker on the scenario's merchants, which nobody serves now.
+
+    There are as many of it as the scenario has workers here, with a share of the partitions each.
+    """
     merchants = merchants_of(scenario)
     channel = "purchases" if scenario.receipts else "operations"
     inputs = [input_topic(merchant, channel) for merchant in merchants]
     begin = await ground.ends(inputs, scenario.partitions)
     starts = await ground.ends(results_topics(merchants), scenario.partitions)
     await ground.generate(scenario, merchants, count, f"plain{tasks}")
-    spec = baseline.Spec(
-        ground.bootstrap_servers,
-        {
-            merchant: (ground.database_url(merchant), (await secret_of(ground, merchant)).hex())
-            for merchant in merchants
-        },
-        [(tp.topic, tp.partition, offset) for tp, offset in begin.items()],
-        count,
-        tasks,
-    )
+    ends = await ground.ends(inputs, scenario.partitions)
+    known = {
+        merchant: (ground.database_url(merchant), (await secret_of(ground, merchant)).hex()) for merchant in merchants
+    }
+    workers = ground.workers_of(scenario)
+    shares = [list(begin.items())[number::workers] for number in range(workers)]
+    specs = [
+        baseline.Spec(
+            ground.bootstrap_servers,
+            known,
+            [(tp.topic, tp.partition, offset) for tp, offset in share],
+            sum(ends[tp] - offset for tp, offset in share),
+            tasks,
+        )
+        for share in shares
+    ]
     async with asyncio.timeout(BASELINE_SECONDS_MAX):
-        await asyncio.to_thread(baseline.run, spec)
+        await asyncio.gather(*(asyncio.to_thread(baseline.run, spec) for spec in specs))
     answers = await ground.answers(starts, await ground.ends(results_topics(merchants), scenario.partitions))
     check(answers, count)
     return rate(answers.times.values())

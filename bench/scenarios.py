@@ -55,7 +55,7 @@ class Scenario:
         commands: of all merchants together, in a full run.
         users: of all merchants together.
         make: returns the commands of one merchant, without an end.
-        workers: processes that serve it, if not more are asked for.
+        workers: processes that serve it; as many as the run has, if None.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Scenario:
     commands: int = 60_000
     users: int = 10_000
     receipts: bool = False
-    workers: int = 1
+    workers: int | None = None
 
     @property
     def users_each(self) -> int:

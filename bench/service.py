@@ -80,7 +80,7 @@ async def measure(ground: Ground, scenario: Scenario, extent: Extent, say: Say) 
     merchants = merchants_of(scenario)
     count = int(scenario.commands * extent.share) // 2 * 2
     served = Served(count)
-    async with ground.serving(merchants, workers=scenario.workers):
+    async with ground.serving(merchants, workers=ground.workers_of(scenario)):
         say("registering")
         await ground.register(merchants, scenario.partitions)
         await prepare(ground, scenario, merchants)

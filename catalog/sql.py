@@ -1,20 +1,23 @@
 """Set-based statements over the declared tables, shared by every store.
 
-One statement writes any number of rows: columns travel as arrays through ``unnest``.
+One statement writes any number of rows: new ones travel by COPY, changes as arrays through ``unnest``.
 
 SQLAlchemy's share of a statement is 46 of 78 µs in this process, and a small batch is little but statements. So what
 every batch does goes to the driver, once the transaction is open: SQLAlchemy begins it with a statement of its own.
 """
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Iterable, Sequence
 from functools import cache
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import asyncpg
 from sqlalchemy import Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
+
+T = TypeVar("T")
 
 _DIALECT = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it so
 
@@ -60,7 +63,7 @@ async def insert_rows(
         return
     driver = _driver_in_transaction(connection)
     if driver is not None and not suffix:
-        await driver.copy_records_to_table(table.name, records=rows, columns=columns)
+        await _answered(connection, driver.copy_records_to_table(table.name, records=rows, columns=columns))
     else:
         await execute(connection, insert_sql(table, columns, suffix), *_columns_of(rows))
 
@@ -97,7 +100,7 @@ async def execute(connection: AsyncConnection, sql: str, *parameters: Any) -> in
     if driver is None:
         return (await connection.exec_driver_sql(sql, parameters)).rowcount
     # "UPDATE 7", "INSERT 0 7"
-    return int((await driver.execute(sql, *parameters)).rpartition(" ")[2])
+    return int((await _answered(connection, driver.execute(sql, *parameters))).rpartition(" ")[2])
 
 
 async def fetch(connection: AsyncConnection, sql: str, *parameters: Any) -> Sequence[Any]:
@@ -110,11 +113,24 @@ async def fetch_tuples(connection: AsyncConnection, sql: str, *parameters: Any) 
     driver = _driver_in_transaction(connection)
     if driver is None:
         return await fetch(connection, sql, *parameters)
-    return cast(Sequence[Sequence[Any]], await driver.fetch(sql, *parameters))
+    return cast(Sequence[Sequence[Any]], await _answered(connection, driver.fetch(sql, *parameters)))
 
 
 def _driver_in_transaction(connection: AsyncConnection) -> asyncpg.Connection | None:
     """Return the driver's own connection if a transaction is open on it."""
     assert connection.sync_connection is not None
     driver = connection.sync_connection.connection.driver_connection
-    return driver if driver is not None and driver.is_in_transaction() else None
+    is_open = driver is not None and not driver.is_closed() and driver.is_in_transaction()
+    return driver if is_open else None
+
+
+async def _answered(connection: AsyncConnection, statement: Awaitable[T]) -> T:
+    """Wait for the driver. A connection that was given up waiting for is dropped, as SQLAlchemy does with its own.
+
+    The rollback would wait for the same server once more, and end in its own error instead of this one.
+    """
+    try:
+        return await statement
+    except (TimeoutError, asyncio.CancelledError):
+        await connection.invalidate()
+        raise

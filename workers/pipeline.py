@@ -67,6 +67,8 @@ DATABASE_IS_LOST = "3D000"
 # serialization, locks.
 _TROUBLE = ("08", "28", DATABASE_IS_LOST, "53", "57", "58", "40", "55", "25P03", "25P04", "XX")
 _RACE = ("23505", "23P01")
+# A migration changed what a statement was prepared for.
+_OUTDATED = (asyncpg.InvalidCachedStatementError, asyncpg.OutdatedSchemaCacheError)
 
 
 class DefectError(Exception):
@@ -96,12 +98,17 @@ def sqlstate(error: BaseException) -> str:
 
 
 def is_trouble(error: BaseException) -> bool:
-    """Tell whether an exception is the surroundings' fault, so that the same batch may work the next time."""
+    """Tell whether an exception is the surroundings' fault, so that the same batch may work the next time.
+
+    Most statements go around SQLAlchemy, so that the driver's errors come as they are, and wrapped from the others.
+    """
+    if isinstance(error, _OUTDATED):
+        return True
     if isinstance(error, (DBAPIError, asyncpg.PostgresError)):
         state = sqlstate(error)
         return not state or state.startswith(_TROUBLE) or getattr(error, "connection_invalidated", False)
-    # Most statements go around SQLAlchemy, so the driver's errors come as they are; its complaints of values are ours.
     if isinstance(error, asyncpg.InterfaceError):
+        # One that is a ValueError, too, complains about what we gave it.
         return not isinstance(error, ValueError)
     return isinstance(error, (OSError, TimeoutError, PoolTimeoutError))
 

@@ -1,5 +1,6 @@
 """Connections to PostgreSQL, which are dear."""
 
+import asyncio
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from catalog.sql import execute, fetch, fetch_tuples, insert_rows
 from merchants.databases import WRITER_SETTINGS, create_engine, engine_url
 from merchants.schema import migrate
+from tests.chaos.proxy import Proxy
 from tests.integration.shop import open_shop
 from tests.services import Services
 from workers.pipeline import is_trouble
@@ -103,6 +105,32 @@ async def test_a_connection_lost_between_two_statements_is_replaced(services: Se
             pids.extend((await fetch_tuples(connection, pid))[0])
     assert pids[0] != pids[1] == pids[2]
     await engine.dispose()
+
+
+async def test_a_server_that_goes_silent_costs_its_connection_and_no_second_wait(services: Services) -> None:
+    url = engine_url(services.database_url("postgres"))
+    assert url.port is not None
+    proxy = Proxy(url.port)
+    engine = create_engine(url.set(host="127.0.0.1", port=proxy.port), WRITER_SETTINGS, pool_size=1)
+
+    async def wait_in_vain() -> None:
+        async with engine.begin() as connection:
+            await fetch_tuples(connection, "SELECT 1")
+            proxy.deafen()
+            async with asyncio.timeout(0.2):
+                await fetch_tuples(connection, "SELECT 1")
+
+    try:
+        # The rollback alone would wait for a minute.
+        async with asyncio.timeout(30):
+            with pytest.raises(TimeoutError):
+                await wait_in_vain()
+            async with engine.begin() as connection:
+                for _ in range(2):
+                    assert [row[0] for row in await fetch_tuples(connection, "SELECT 1")] == [1]
+    finally:
+        await engine.dispose()
+        proxy.close()
 
 
 async def test_a_merchant_without_batches_costs_no_connection_of_its_own(services: Services) -> None:

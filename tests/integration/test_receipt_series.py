@@ -83,7 +83,7 @@ async def client(engine: AsyncEngine, refs: list[str], tally: Tally, choice: ran
         except GaveUpError:
             tally.aborted += 1
             continue
-        except IntegrityError:
+        except (IntegrityError, asyncpg.UniqueViolationError):
             # The connection was killed after the commit, and before we heard of it.
             tally.unsure += 1
         except (DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
