@@ -69,6 +69,15 @@ async def erase_buyers(connection: AsyncConnection, account_ids: Sequence[int]) 
     await connection.exec_driver_sql("DELETE FROM buyers WHERE account_id = ANY($1::bigint[])", (list(account_ids),))
 
 
+async def delete_old_buyers(connection: AsyncConnection, now: datetime, years: int) -> None:
+    """Delete the buyer blocks and salts of receipts issued so many years ago or earlier; the documents stay."""
+    sql = """
+    DELETE FROM buyers b USING documents d
+    WHERE d.number = b.number AND d.issued_at <= $1::timestamptz - make_interval(years => $2)
+    """
+    await connection.exec_driver_sql(sql, (now, years))
+
+
 async def existing_numbers(connection: AsyncConnection, numbers: Sequence[str]) -> set[str]:
     sql = "SELECT number FROM documents WHERE number = ANY($1::text[])"
     return {row[0] for row in await fetch_tuples(connection, sql, list(numbers))}

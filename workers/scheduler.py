@@ -16,10 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 import ledger.store
 import merchants.registry
 import merchants.store
+import receipts.store
 from catalog.sql import fetch
 from ledger.model import entry_id_of
 from merchants.databases import Pools
 from merchants.registry import Merchant
+from merchants.store import State
 from schemas.canonical import compact_json
 from schemas.envelope import message_identity
 from schemas.events import command_headers
@@ -74,7 +76,7 @@ class Scheduler:
     errors: int = 0
     _looks: dict[str, "Look"] = field(default_factory=dict)
     _sent: dict[str, tuple[str, set[str]]] = field(default_factory=dict)
-    _partitioned: dict[str, date] = field(default_factory=dict)
+    _done_daily: dict[str, date] = field(default_factory=dict)
 
     async def run(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """Send what is due, for ever."""
@@ -116,12 +118,13 @@ class Scheduler:
             return 0
 
     async def send_due(self, merchant: Merchant) -> int:
-        """Send all that is due for one merchant, and make its partitions; returns how many commands were sent."""
+        """Send all that is due for one merchant, and do what is due daily; returns how many commands were sent."""
         engine = await self.pools.engine(merchant.merchant_id, merchant.database_url, merchant.password)
         sent = 0
         async with engine.begin() as connection:
-            now = (await merchants.store.read_state(connection)).now
-            await self._make_partitions(connection, merchant, now)
+            state = await merchants.store.read_state(connection)
+            now = state.now
+            await self._do_daily(connection, merchant, state)
             search = Search(connection, merchant.merchant_id, now)
             async for jobs in search.pages():
                 fresh = self._not_sent(merchant.merchant_id, now, jobs)
@@ -131,14 +134,19 @@ class Scheduler:
             # A test clock jumps: a batch that read it before the jump may still commit what is long due after it.
             if not merchant.simulated:
                 await save_marks(connection, search.marks)
+        # Not sooner: what fails before the end is undone, and has to be done again.
+        self._done_daily[merchant.merchant_id] = now.date()
         return sent
 
-    async def _make_partitions(self, connection: AsyncConnection, merchant: Merchant, now: datetime) -> None:
-        if self._partitioned.get(merchant.merchant_id) == now.date():
+    async def _do_daily(self, connection: AsyncConnection, merchant: Merchant, state: State) -> None:
+        """Once a day of the merchant's clock, make its partitions and delete buyer blocks kept long enough."""
+        now = state.now
+        if self._done_daily.get(merchant.merchant_id) == now.date():
             return
         for months in (0, 1, 2):
             await ledger.store.due_partition_month(connection, now + timedelta(days=31 * months))
-        self._partitioned[merchant.merchant_id] = now.date()
+        config = await merchants.store.read_config(connection, state.config_version)
+        await receipts.store.delete_old_buyers(connection, now, config.retention_years)
 
     def _not_sent(self, merchant_id: str, now: datetime, jobs: Sequence["Job"]) -> list["Job"]:
         """Leave out what this process has sent in the same hour: it would only be a duplicate."""

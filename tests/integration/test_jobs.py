@@ -14,7 +14,8 @@ from catalog.sql import fetch
 from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
 from merchants.registry import Merchant
 from merchants.schema import migrate
-from tests.builders import Clerk, Record, clerk, command, merchant
+from schemas.canonical import format_time
+from tests.builders import Clerk, Record, catalogue, clerk, command, merchant, purchase
 from tests.services import Services
 from workers.audit import verify
 from workers.publisher import OutMessage, PublishTimeoutError
@@ -70,6 +71,12 @@ async def scheduler(control_url: str) -> AsyncIterator[tuple[Scheduler, Outbox]]
 async def wait(clerk: Clerk, seconds: int, identity: bytes) -> None:
     async with clerk.engine.begin() as connection:
         await merchants.store.advance_clock(connection, seconds, identity)
+
+
+async def buyers(made: Clerk) -> list[str]:
+    async with made.engine.connect() as connection:
+        rows = await fetch(connection, "SELECT block::json ->> 'name' FROM buyers ORDER BY number")
+    return [row[0] for row in rows]
 
 
 async def entries(made: Clerk) -> list[tuple[str, int]]:
@@ -298,3 +305,23 @@ async def test_a_close_taken_before_the_clock_was_moved_past_its_deadline_is_in_
         late = close | {"operation_id": "op-2", "completed_at": "2026-01-01T00:00:00Z"}
         result = await user.send("Operation.RecordAndClose", late)
         assert result["error"]["code"] == "operation_timed_out"
+
+
+async def test_buyer_blocks_are_deleted_when_their_retention_is_over_and_the_books_still_add_up(
+    control_url: str,
+) -> None:
+    made = await merchant(control_url, "retained", simulated=True, retention_years=2)
+    async with clerk(made) as user, scheduler(control_url) as (one, _):
+        await catalogue(user)
+        await user.send("Purchase.Settled", purchase("ann", "ref-1", buyer={"name": "Ann"}))
+        await wait(user, 366 * DAY, b"n" * 16)
+        placed = {"order_placed_at": format_time(datetime.now(UTC) + timedelta(days=366))}
+        await user.send("Purchase.Settled", purchase("ben", "ref-2", buyer={"name": "Ben"}) | placed)
+        await one.send_due(made)
+        assert await buyers(user) == ["Ann", "Ben"]
+
+        await wait(user, 365 * DAY, b"o" * 16)
+        await one.send_due(made)
+
+        assert await buyers(user) == ["Ben"]
+        assert (await verify(user.engine)).ok
