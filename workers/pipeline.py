@@ -75,6 +75,14 @@ class DefectError(Exception):
     """A batch cannot be applied for a reason that running it again will not mend."""
 
 
+class CutError(Exception):
+    """A batch has to end with the record before a place in it: what follows is to be read anew."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(at)
+        self.at = at
+
+
 class BehindError(Exception):
     """The batch before is not published yet, so that this one must not be committed."""
 
@@ -244,7 +252,10 @@ class Pipeline:
     async def _apply_all(
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
     ) -> list[Applied]:
-        """Apply and publish records; after a defect without the command at fault, or in halves until it is found."""
+        """Apply and publish records; after a defect without the command at fault, or in halves until it is found.
+
+        A command that changes how others are read is the last one of its batch.
+        """
         try:
             applied = await self._apply(desk, records, lease, condemned)
         except PoisonError as poison:
@@ -254,15 +265,21 @@ class Pipeline:
             if len(records) == 1:
                 place = (records[0].topic, records[0].partition, records[0].offset)
                 return await self._without(place, defect, desk, records, lease, condemned)
-            middle = len(records) // 2
-            before = await self._apply_all(desk, records[:middle], lease, condemned)
-            if not before or before[-1].seek or not lease.alive():
-                return before
-            return before + await self._apply_all(desk, records[middle:], lease, condemned)
+            return await self._in_two(len(records) // 2, desk, records, lease, condemned)
+        except CutError as cut:
+            return await self._in_two(cut.at, desk, records, lease, condemned)
         if applied is None:
             return []
         desk.publishing = asyncio.create_task(self._publish(desk, applied, lease), name="publish")
         return [applied]
+
+    async def _in_two(
+        self, at: int, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> list[Applied]:
+        before = await self._apply_all(desk, records[:at], lease, condemned)
+        if not before or before[-1].seek or not lease.alive():
+            return before
+        return before + await self._apply_all(desk, records[at:], lease, condemned)
 
     async def _without(
         self,
@@ -288,7 +305,7 @@ class Pipeline:
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
     ) -> Applied | None:
         """Apply records in one transaction, again until it is committed; None when they are not ours any more."""
-        messages = self._decode(desk.context, records)
+        messages = self._decode_alike(desk.context, records)
         await point("after_decode")
         lots_wanted: dict[int, int] = {}
         backoff = Backoff(desk.merchant.merchant_id, lease)
@@ -299,7 +316,7 @@ class Pipeline:
                 await point("after_commit")
                 return applied
             except StaleContextError:
-                messages = self._decode(desk.context, records)
+                messages = self._decode_alike(desk.context, records)
             except BehindError:
                 if desk.publishing is not None:
                     await asyncio.wait({desk.publishing})
@@ -320,6 +337,17 @@ class Pipeline:
                 if not await backoff.wait(error):
                     return None
         return None
+
+    def _decode_alike(self, context: Context, records: Sequence[Record]) -> list[Message]:
+        """Decode records; raises CutError behind a command that changes what references those after it may have."""
+        assert context.config is not None
+        messages = self._decode(context, records)
+        for at, message in enumerate(messages[:-1], 1):
+            if isinstance(message, Incoming) and message.type == "Merchant.Configure" and message.payload is not None:
+                patterns = message.payload.config.external_ref_patterns
+                if patterns != context.config.external_ref_patterns:
+                    raise CutError(at)
+        return messages
 
     def _decode(self, context: Context, records: Sequence[Record]) -> list[Message]:
         assert context.config is not None

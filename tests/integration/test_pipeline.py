@@ -1,7 +1,9 @@
 """The pipeline against a real database and broker: what it does when the fault is its own."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -9,6 +11,7 @@ import pytest_asyncio
 import catalog.store
 from merchants.schema import migrate
 from schemas.canonical import format_time
+from tests import builders
 from tests.integration.shop import Shop, open_shop
 from tests.services import Services
 from workers import faults
@@ -58,3 +61,36 @@ async def test_a_merchant_whose_catalogue_cannot_be_read_waits_and_loses_nothing
     await shop.work()
     results = await shop.results()
     assert [results[command]["outcome"] for command in commands] == ["applied"] * 3
+
+
+async def test_references_are_read_by_the_patterns_in_force_before_them_in_the_same_batch(shop: Shop) -> None:
+    async def refund(external_ref: str) -> str:
+        command = shop.send(
+            "Refund.Apply", refund_id=f"for {external_ref}", external_ref=external_ref, actor="ops", justification="x"
+        )
+        await send_later()
+        return command
+
+    async def configure(**changes: Any) -> str:
+        command = shop.send("Merchant.Configure", config=builders.config(**changes), actor="ops")
+        await send_later()
+        return command
+
+    async def send_later() -> None:
+        # The order of a batch is that of the records' times, which count milliseconds.
+        await shop.flush()
+        await asyncio.sleep(0.01)
+
+    refused_before = await refund("4111111111111111")
+    allowed = await configure(external_ref_patterns={"card": "[0-9]{16}"})
+    parked = await refund("5555555555554444")
+    forbidden = await configure()
+    refused_after = await refund("4012888888881881")
+    await shop.work()
+
+    results = await shop.results()
+    assert [results[command]["outcome"] for command in (allowed, forbidden)] == ["applied"] * 2
+    for command in (refused_before, refused_after):
+        assert results[command]["error"]["code"] == "sensitive_data"
+    assert parked not in results
+    assert [row["id"] for row in await shop.query("SELECT id FROM parked")] == [parked]
