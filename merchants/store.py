@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -12,6 +12,9 @@ from merchants import tables
 from merchants.decisions import Settings
 from schemas.canonical import canonical_json
 from schemas.payloads import MerchantConfig
+
+# The calendar ends with the year 9999, and lots live for up to a century.
+CLOCK_END = datetime(9000, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +99,24 @@ async def advances_since(
 
 
 async def advance_clock(connection: AsyncConnection, seconds: int, command: bytes) -> tuple[timedelta, datetime]:
-    """Move a simulated merchant's clock forward, once for each command; returns (offset, now) after it."""
+    """Move a simulated merchant's clock forward, once for each command; returns (offset, now) after it.
+
+    Raises OverflowError beyond ``CLOCK_END``.
+    """
     await connection.exec_driver_sql(
         """
         WITH advanced AS (
             INSERT INTO clock_advances (command, seconds, clock_offset, advanced_at)
             SELECT $2, $1::bigint, clock_offset + make_interval(secs => $1::bigint), clock_timestamp()
-            FROM merchant_state
+            FROM merchant_state WHERE clock_timestamp() + clock_offset + make_interval(secs => $1::bigint) < $3
             ON CONFLICT DO NOTHING RETURNING clock_offset
         )
         UPDATE merchant_state s SET clock_offset = a.clock_offset FROM advanced a
         """,
-        (seconds, command),
+        (seconds, command, CLOCK_END),
     )
     sql = "SELECT clock_offset, advanced_at + clock_offset FROM clock_advances WHERE command = $1"
-    row = (await fetch_tuples(connection, sql, command))[0]
-    return row[0], row[1]
+    rows = await fetch_tuples(connection, sql, command)
+    if not rows:
+        raise OverflowError(f"a clock goes no further than {CLOCK_END.year}")
+    return rows[0][0], rows[0][1]

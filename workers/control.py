@@ -305,8 +305,11 @@ class Control:
             raise Refusal(
                 Code.IMMUTABLE, "only a simulated merchant's clock moves", {"merchant_id": command.merchant_id}
             )
-        async with self._database(merchant) as connection:
-            offset, now = await merchants.store.advance_clock(connection, command.seconds, incoming.identity)
+        try:
+            async with self._database(merchant) as connection:
+                offset, now = await merchants.store.advance_clock(connection, command.seconds, incoming.identity)
+        except OverflowError as error:
+            raise Refusal(Code.LIMIT_EXCEEDED, f"seconds: {error}", {"fields": ["seconds"]}) from error
         await self.send_due(merchant)
         return {
             "merchant_id": command.merchant_id,

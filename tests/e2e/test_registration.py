@@ -82,6 +82,18 @@ async def test_the_clock_of_a_real_merchant_does_not_move(bus: Bus, shop: Mercha
     assert result["outcome"] == "rejected", result
 
 
+async def test_a_test_clock_is_not_moved_out_of_the_calendar(bus: Bus, user: Callable[[], str]) -> None:
+    merchant, someone = await bus.register(simulated=True), user()
+    members = {"merchant_id": merchant.id, "seconds": 100 * 366 * 86_400}
+    for _ in range(80):
+        result = await bus.control("Clock.Advance", members)
+        if result["outcome"] == "rejected":
+            break
+    assert result["error"]["code"] == "limit_exceeded", result
+    # There still is room for the longest access that can be given.
+    await merchant.grant(someone, 1, days=36_500)
+
+
 async def test_five_merchants_registered_at_once_are_all_served(bus: Bus, user: Callable[[], str]) -> None:
     merchants = await asyncio.gather(*(bus.register() for _ in range(5)))
     granted = await asyncio.gather(*(merchant.grant(user(), 7) for merchant in merchants))
