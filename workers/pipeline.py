@@ -31,6 +31,7 @@ from merchants.databases import WRITER_SETTINGS, Pools
 from merchants.registry import Merchant
 from schemas.envelope import DecodeContext, Incoming, Undeliverable, decode
 from schemas.errors import Code
+from schemas.payloads import MerchantConfig
 from schemas.topics import parse_input
 from workers import outgoing, positions
 from workers.decide import PoisonError
@@ -252,10 +253,33 @@ class Pipeline:
     async def _apply_all(
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
     ) -> list[Applied]:
-        """Apply and publish records; after a defect without the command at fault, or in halves until it is found.
+        """Apply and publish records; a command that changes how others are read is the last one of its transaction."""
+        parts: list[Applied] = []
+        while True:
+            try:
+                return parts + await self._apply_or_split(desk, records, lease, condemned)
+            except CutError as cut:
+                before, goes_on = await self._apply_first(desk, records[: cut.at], lease, condemned)
+                parts += before
+                if not goes_on:
+                    return parts
+                records = records[cut.at :]
 
-        A command that changes how others are read is the last one of its batch.
-        """
+    async def _apply_first(
+        self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> tuple[list[Applied], bool]:
+        """Apply and publish the first records of a batch; tells besides whether the others may follow."""
+        parts = await self._apply_all(desk, records, lease, condemned)
+        goes_on = bool(parts) and not parts[-1].seek and lease.alive()
+        if goes_on:
+            # What was not published under an earlier lease was looked for now.
+            lease.first -= {TP(record.topic, record.partition) for record in records}
+        return parts, goes_on
+
+    async def _apply_or_split(
+        self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> list[Applied]:
+        """Apply and publish records; after a defect without the command at fault, or in halves until it is found."""
         try:
             applied = await self._apply(desk, records, lease, condemned)
         except PoisonError as poison:
@@ -265,21 +289,15 @@ class Pipeline:
             if len(records) == 1:
                 place = (records[0].topic, records[0].partition, records[0].offset)
                 return await self._without(place, defect, desk, records, lease, condemned)
-            return await self._in_two(len(records) // 2, desk, records, lease, condemned)
-        except CutError as cut:
-            return await self._in_two(cut.at, desk, records, lease, condemned)
+            middle = len(records) // 2
+            before, goes_on = await self._apply_first(desk, records[:middle], lease, condemned)
+            if not goes_on:
+                return before
+            return before + await self._apply_all(desk, records[middle:], lease, condemned)
         if applied is None:
             return []
         desk.publishing = asyncio.create_task(self._publish(desk, applied, lease), name="publish")
         return [applied]
-
-    async def _in_two(
-        self, at: int, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
-    ) -> list[Applied]:
-        before = await self._apply_all(desk, records[:at], lease, condemned)
-        if not before or before[-1].seek or not lease.alive():
-            return before
-        return before + await self._apply_all(desk, records[at:], lease, condemned)
 
     async def _without(
         self,
@@ -305,7 +323,7 @@ class Pipeline:
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
     ) -> Applied | None:
         """Apply records in one transaction, again until it is committed; None when they are not ours any more."""
-        messages = self._decode_alike(desk.context, records)
+        messages = self._decode(desk.context, records)
         await point("after_decode")
         lots_wanted: dict[int, int] = {}
         backoff = Backoff(desk.merchant.merchant_id, lease)
@@ -316,7 +334,7 @@ class Pipeline:
                 await point("after_commit")
                 return applied
             except StaleContextError:
-                messages = self._decode_alike(desk.context, records)
+                messages = self._decode(desk.context, records)
             except BehindError:
                 if desk.publishing is not None:
                     await asyncio.wait({desk.publishing})
@@ -338,18 +356,8 @@ class Pipeline:
                     return None
         return None
 
-    def _decode_alike(self, context: Context, records: Sequence[Record]) -> list[Message]:
-        """Decode records; raises CutError behind a command that changes what references those after it may have."""
-        assert context.config is not None
-        messages = self._decode(context, records)
-        for at, message in enumerate(messages[:-1], 1):
-            if isinstance(message, Incoming) and message.type == "Merchant.Configure" and message.payload is not None:
-                patterns = message.payload.config.external_ref_patterns
-                if patterns != context.config.external_ref_patterns:
-                    raise CutError(at)
-        return messages
-
     def _decode(self, context: Context, records: Sequence[Record]) -> list[Message]:
+        """Decode records; raises CutError behind a command that changes what references those after it may have."""
         assert context.config is not None
         contexts: dict[str, DecodeContext] = {}
         messages: list[Message] = []
@@ -368,6 +376,8 @@ class Pipeline:
             if planted("no_inbox") and isinstance(message, Incoming):
                 message.identity, message.business_key = os.urandom(16), None
             messages.append(message)
+            if len(messages) < len(records) and _changes_references(message, context.config):
+                raise CutError(len(messages))
         return messages
 
     async def _transaction(
@@ -449,6 +459,13 @@ class Pipeline:
             self._replies.add(task)
             task.add_done_callback(self._replies.discard)
         return True
+
+
+def _changes_references(message: Message, config: MerchantConfig) -> bool:
+    if not isinstance(message, Incoming) or message.type != "Merchant.Configure" or message.payload is None:
+        return False
+    patterns: Mapping[str, str] = message.payload.config.external_ref_patterns
+    return patterns != config.external_ref_patterns
 
 
 def decode_safely(record: Record, context: DecodeContext) -> Message:

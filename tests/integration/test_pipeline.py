@@ -94,3 +94,20 @@ async def test_references_are_read_by_the_patterns_in_force_before_them_in_the_s
         assert results[command]["error"]["code"] == "sensitive_data"
     assert parked not in results
     assert [row["id"] for row in await shop.query("SELECT id FROM parked")] == [parked]
+
+
+async def test_configurations_that_undo_each_other_in_one_batch_are_all_applied_however_many_they_are(
+    shop: Shop,
+) -> None:
+    commands = [
+        shop.send(
+            "Merchant.Configure",
+            config=builders.config(external_ref_patterns={"card": f"[0-9]{{{13 + number % 2}}}"}),
+            actor="ops",
+        )
+        for number in range(600)
+    ]
+    await shop.work()
+
+    results = await shop.results()
+    assert {results[command]["outcome"] for command in commands} == {"applied"}
