@@ -1,6 +1,5 @@
 """What the commands on a merchant's configuration and roles do: pure (spec §6, §7)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +84,3 @@ def forget(settings: Settings, subject: int) -> None:
     """Take the role of an erased user away, whatever it is."""
     settings.roles.pop(subject, None)
     settings.changed_roles[subject] = None
-
-
-def load_config(stored: Mapping[str, Any]) -> MerchantConfig:
-    return MerchantConfig.model_validate(stored)

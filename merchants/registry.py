@@ -7,9 +7,7 @@ simply done again.
 import asyncio
 import random
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError
@@ -178,15 +176,3 @@ async def control_secret(connection: AsyncConnection) -> bytes:
 def server_url(control_url: str) -> URL:
     """Where new merchants' databases are made: the control database's own server."""
     return make_url(control_url)
-
-
-def rows_as_objects(merchants: Sequence[Merchant]) -> list[dict[str, Any]]:
-    return [
-        {
-            "merchant_id": merchant.merchant_id,
-            "state": merchant.state,
-            "partitions": merchant.partitions,
-            "simulated": merchant.simulated,
-        }
-        for merchant in merchants
-    ]

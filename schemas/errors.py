@@ -281,10 +281,6 @@ class Refusal(Exception):  # noqa: N818 - a refusal is an answer, not an error o
         self.message = message or REGISTRY[code].meaning
         self.details: dict[str, Any] = details or {}
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the `error` member of a result: {code, message, details}."""
-        return {"code": str(self.code), "message": self.message, "details": self.details}
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Refusal):
             return NotImplemented

@@ -9,7 +9,6 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from schemas.canonical import compact_json, format_time
 from schemas.codec import RESULT, Encoding
-from schemas.envelope import Undeliverable
 
 RECEIPT = "Receipt.Issued"
 CREDIT_NOTE = "CreditNote.Issued"
@@ -126,10 +125,3 @@ def dead_letter_value(
 ) -> bytes:
     """Return the value of a dead letter: the pointer as JSON."""
     return compact_json(dead_letter(topic, partition, offset, value_sha256, code=code, message=message))
-
-
-def undeliverable_value(letter: Undeliverable) -> bytes:
-    """Return the dead letter of a message without a readable identity."""
-    return dead_letter_value(
-        letter.topic, letter.partition, letter.offset, letter.sha256, code=letter.code, message=letter.message
-    )

@@ -132,7 +132,7 @@ def _merchant_id(text: str) -> str:
 
 def _credits_delta(value: int) -> int:
     if value == 0:
-        raise malformed("must not be zero")
+        raise limit_exceeded("must not be zero")
     if abs(value) > CREDITS_MAX:
         raise limit_exceeded(f"beyond the bound of {CREDITS_MAX}")
     return value

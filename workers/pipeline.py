@@ -27,7 +27,7 @@ import merchants.schema
 import merchants.store
 from ledger.model import LotsNeeded
 from ledger.store import LOTS_AT_FIRST
-from merchants.databases import WRITER_SETTINGS, Pools
+from merchants.databases import Pools
 from merchants.registry import Merchant
 from schemas.envelope import DecodeContext, Incoming, Undeliverable, decode
 from schemas.errors import Code
@@ -513,8 +513,3 @@ class Backoff:
         while self._lease.alive() and loop.time() < until:
             await asyncio.sleep(min(0.2, max(0.0, until - loop.time())))
         return self._lease.alive()
-
-
-def create_pools(merchants_max: int) -> Pools:
-    """Make the pools of writers: one connection a merchant, because its lane has one batch at a time."""
-    return Pools(WRITER_SETTINGS, pool_size=1, merchants_max=merchants_max)

@@ -195,16 +195,16 @@ def work(servers: str, control_url: str, delivery: Delivery, stderr: Connection)
 
 async def _work(servers: str, control_url: str, delivery: Delivery) -> None:
     import merchants.registry
-    from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
+    from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
     from workers.lanes import Lease
-    from workers.pipeline import Pipeline, create_pools
+    from workers.pipeline import Pipeline
     from workers.publisher import Publisher
 
     engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
     async with engine.connect() as connection:
         merchant = await merchants.registry.find(connection, delivery.merchant)
     assert merchant is not None
-    publisher, pools = Publisher(servers), create_pools(1)
+    publisher, pools = Publisher(servers), Pools(WRITER_SETTINGS, pool_size=1, merchants_max=1)
     await publisher.start()
     pipeline = Pipeline(publisher, pools, pools, resource_amount_max=Decimal(10**9))
     pipeline.know(merchant)

@@ -43,7 +43,6 @@ MALFORMED: list[tuple[str, dict[str, Any]]] = [
     ("Grant.Apply", {"justification": ""}),
     ("Grant.Apply", {"actor": ...}),
     ("Grant.Apply", {"actor": {"name": "n"}}),
-    ("Adjustment.Apply", {"credits_delta": 0}),
     ("Adjustment.Apply", {"credits_delta": 10}),
     ("Adjustment.Apply", {"credits_delta": 1.5}),
     *(
@@ -128,6 +127,7 @@ LIMIT_EXCEEDED: list[tuple[str, dict[str, Any]]] = [
     ("Grant.Apply", {"credits": 10**12 + 1}),
     ("Grant.Apply", {"credits": HUGE}),
     ("Grant.Apply", {"access_period_days": 36_501}),
+    ("Adjustment.Apply", {"credits_delta": 0}),
     ("Adjustment.Apply", {"credits_delta": 10**12 + 1, "access_period_days": 1}),
     ("Adjustment.Apply", {"credits_delta": -(10**12) - 1}),
     ("Adjustment.Apply", {"credits_delta": -HUGE}),
