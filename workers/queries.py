@@ -62,7 +62,9 @@ async def commands(connection: AsyncConnection, identities: Iterable[bytes]) -> 
     return found
 
 
-async def results_of(connection: AsyncConnection, account_id: int, identities: Iterable[bytes]) -> list[Shown]:
+async def results_of(
+    connection: AsyncConnection, account_id: int, identities: Iterable[bytes], *, limit: int
+) -> list[Shown]:
     """Return the stored results of an account's commands, in the order they were decided.
 
     ``identities`` are those of its entries; applied commands that only opened an operation are left out.
@@ -71,9 +73,9 @@ async def results_of(connection: AsyncConnection, account_id: int, identities: I
     SELECT result FROM inbox
     WHERE result IS NOT NULL AND (identity = ANY($1::bytea[]) OR account_id = $2 AND (
         outcome <> 'applied' OR type NOT IN ('Operation.Open', 'Operation.RecordAndClose', 'Purchase.Settled')))
-    ORDER BY decided_at, identity
+    ORDER BY decided_at, identity LIMIT $3
     """
-    return [json.loads(row[0]) for row in await fetch(connection, sql, sorted(set(identities)), account_id)]
+    return [json.loads(row[0]) for row in await fetch(connection, sql, sorted(set(identities)), account_id, limit)]
 
 
 # Refusals are one item for each order: what was refused last, since when, how often. A malformed order has no

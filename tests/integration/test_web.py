@@ -13,6 +13,7 @@ from schemas.canonical import compact_json
 from tests import builders
 from tests.integration.web import Shop, open_shop
 from tests.services import Services
+from workers.web import users
 
 ANN = "ann"
 ADMIN = {"justification": "a test", "actor": "the tests"}
@@ -399,6 +400,18 @@ async def test_the_export_holds_everything_about_a_user_and_adds_up(shop: Shop) 
         "Purchase.Settled",
         "Operation.RecordAndClose",
     }
+
+
+async def test_an_export_too_large_for_one_document_is_refused_and_never_cut(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = await shop.api.get(f"/users/{ANN}/export")
+    most = max(len(whole[kind]) for kind in ("lots", "entries", "operations", "commands"))
+
+    monkeypatch.setattr(users, "EXPORTED_MAX", most)
+    assert (await shop.api.get(f"/users/{ANN}/export"))["entries"] == whole["entries"]
+    monkeypatch.setattr(users, "EXPORTED_MAX", most - 1)
+    assert await shop.api.problem(f"/users/{ANN}/export") == (422, "limit_exceeded")
 
 
 async def test_the_export_holds_commands_that_moved_nothing(shop: Shop) -> None:

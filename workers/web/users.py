@@ -1,6 +1,6 @@
 """Answers about one user: balance, lots, ledger, usage, receipts, overview, export, and why an entry is there."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import ledger.queries
 import merchants.store
@@ -14,9 +14,13 @@ from workers.web.access import USER
 from workers.web.calls import Call, Shown
 from workers.web.problems import problem
 
+T = TypeVar("T")
+
 AT_A_GLANCE = 20
 EXPLAINED_MAX = 200
 EVERYTHING = 2**31
+# Of each kind. What is made at once keeps memory and the event loop from others, and all of it is in the lists, too.
+EXPORTED_MAX = 50_000
 
 
 async def balance(call: Call) -> Shown:
@@ -122,24 +126,33 @@ async def overview(call: Call) -> Shown:
 async def export(call: Call) -> Shown:
     """Everything about one user as one document, all of it as of one moment."""
     connection, account, cut = call.connection, call.account, call.cut
-    history = await ledger.queries.entries(connection, account, after=0, until=cut.user_seq, limit=EVERYTHING)
-    own = {"account_id": account.account_id}
-    issued = await receipts.queries.documents(connection, account.account_id, after=None, limit=EVERYTHING)
+    own, limit = {"account_id": account.account_id}, EXPORTED_MAX + 1
+    history = _whole(await ledger.queries.entries(connection, account, after=0, until=cut.user_seq, limit=limit))
+    lots = _whole(await ledger.queries.lots(connection, account, cut, limit=limit))
+    operations = _whole(await ledger.queries.operations(connection, after=None, limit=limit, filters=own))
+    caused = [entry.command for entry in history]
+    results = _whole(await queries.results_of(connection, account.account_id, caused, limit=limit))
     return {
         "merchant_id": call.merchant.merchant_id,
         "user_id": account.user_id,
         "exported_at": format_time(call.now),
         "account": await _account_object(call),
         "balance": await _balance(call),
-        "lots": await ledger.queries.lots(connection, account, cut, limit=EVERYTHING),
+        "lots": lots,
         "entries": await _entry_objects(call, history),
-        "operations": await ledger.queries.operations(connection, after=None, limit=EVERYTHING, filters=own),
+        "operations": operations,
         "purchases": await ledger.queries.purchases(connection, after=None, limit=EVERYTHING, filters=own),
-        "documents": issued,
-        "commands": await queries.results_of(connection, account.account_id, [entry.command for entry in history]),
+        "documents": await receipts.queries.documents(connection, account.account_id, after=None, limit=EVERYTHING),
+        "commands": results,
         "parked_commands": await queries.parked_of(connection, account.account_id),
         "as_of": cut.as_object(),
     }
+
+
+def _whole(found: list[T]) -> list[T]:
+    if len(found) > EXPORTED_MAX:
+        raise problem(Code.LIMIT_EXCEEDED, "too much for one document: page through the user's lists instead")
+    return found
 
 
 async def _account_object(call: Call) -> Shown:
