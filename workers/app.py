@@ -17,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from workers.lanes import TP, Counters, Handler, LaneOptions, Lanes, Lease
+from workers.logs import die_with
 from workers.settings import WorkerSettings
 from workers.transport import BaseApp, ConsumerFeed, Report, Watch, Worker
 
@@ -136,6 +137,8 @@ class App(BaseApp):
             asyncio.create_task(watch.run(), name="watch"),
             asyncio.create_task(self._look_for_merchants(), name="merchants"),
         ]
+        for task in self._background:
+            die_with(task)
         await super().on_start()
 
     async def _add(self, merchants: Mapping[str, list[str]]) -> None:

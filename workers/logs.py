@@ -1,5 +1,6 @@
 """Logs: one JSON object a line on stderr, and the last words of a process that must not go on."""
 
+import asyncio
 import logging
 import logging.config
 import os
@@ -97,3 +98,13 @@ def die(event: str, error: BaseException | None = None, **details: Any) -> NoRet
     if sys.__stderr__ is not None:
         sys.__stderr__.flush()
     os._exit(1)
+
+
+def die_with(task: asyncio.Task[None]) -> None:
+    """End the process when a task that runs for ever ends: what it does would be done no more, and nobody would see."""
+    task.add_done_callback(_ended)
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        die("a task ended", task.exception(), task=task.get_name())

@@ -36,6 +36,7 @@ from workers.app import App, create_app
 from workers.checkpoints import Checkpointer
 from workers.control import Control
 from workers.lanes import Lease, Outcome, Record
+from workers.logs import die_with
 from workers.metrics import Metrics, Sampler
 from workers.pipeline import Pipeline
 from workers.publisher import Publisher
@@ -153,6 +154,8 @@ class Service:
             asyncio.create_task(self.sampler.run(self._sleep), name="sampler"),
             asyncio.create_task(self.checkpointer.run(self._sleep), name="checkpoints"),
         ]
+        for task in self._tasks:
+            die_with(task)
 
     async def _stop(self) -> None:
         self._ending.set()

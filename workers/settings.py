@@ -63,7 +63,7 @@ class WorkerSettings:
             environ: the variables; default those of the process.
 
         Raises:
-            SettingsError: a variable is missing, or not a number where one is needed.
+            SettingsError: a variable is missing, or not a number where one is needed, or too small a one.
         """
         environ = os.environ if environ is None else environ
         given = {name: _read(environ, variable) for name, variable in _VARIABLES.items()}
@@ -125,6 +125,8 @@ _VARIABLES = {
     "sasl_password": "KAFKA_SASL_PASSWORD",
 }
 _NUMBERS = {name for name, kind in WorkerSettings.__annotations__.items() if kind is int}
+# With any other number at 0 a worker would do nothing, or nothing else, and look well.
+_MAY_BE_ZERO = {"linger_ms", "fetch_max_wait_ms"}
 
 
 def _read(environ: Mapping[str, str], variable: str) -> str | None:
@@ -144,6 +146,7 @@ def _convert(name: str, value: str) -> str | int:
         number = int(value)
     except ValueError as error:
         raise SettingsError(f"{_VARIABLES[name]} is not a whole number: {value!r}") from error
-    if number < 0:
-        raise SettingsError(f"{_VARIABLES[name]} is negative: {value!r}")
+    smallest = 0 if name in _MAY_BE_ZERO else 1
+    if number < smallest:
+        raise SettingsError(f"{_VARIABLES[name]} is less than {smallest}: {value!r}")
     return number

@@ -46,3 +46,11 @@ def test_a_needed_variable_that_is_missing_is_named(missing: str) -> None:
 def test_a_number_that_is_none_is_named(text: str) -> None:
     with pytest.raises(SettingsError, match="CREDITS_BATCH_MAX"):
         WorkerSettings.from_env({**NEEDED, "CREDITS_BATCH_MAX": text})
+
+
+def test_a_number_with_which_a_worker_would_do_nothing_is_named() -> None:
+    for variable in ("CONCURRENCY", "MERCHANTS_POLL", "BATCH_MAX", "SESSION_TIMEOUT", "READERS", "JOBS_SECONDS"):
+        with pytest.raises(SettingsError, match=f"CREDITS_{variable} is less than 1"):
+            WorkerSettings.from_env({**NEEDED, f"CREDITS_{variable}": "0"})
+
+    assert WorkerSettings.from_env({**NEEDED, "CREDITS_LINGER_MS": "0"}).linger_ms == 0
