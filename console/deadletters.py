@@ -52,6 +52,17 @@ class Letter:
 _SELECT = """
 SELECT topic, partition, kafka_offset, sha256, code, message, noted_at, redriven_at FROM dead_letters
 """
+_SETTLE_LETTER = """
+UPDATE dead_letters SET redriven_at = clock_timestamp()
+WHERE topic = $1 AND partition = $2 AND kafka_offset = $3 AND redriven_at IS NULL
+"""
+# With all earlier refusals of the same order: the list names the place of the last one only.
+_SETTLE_ORDER = """
+UPDATE purchase_refusals r SET settled_at = clock_timestamp()
+FROM purchase_refusals one JOIN inbox i ON i.identity = one.command
+WHERE i.topic = $1 AND i.partition = $2 AND i.kafka_offset = $3
+    AND (r.command = one.command OR r.external_ref = one.external_ref) AND r.settled_at IS NULL
+"""
 
 
 async def list_letters(settings: WorkerSettings, merchant_id: str, *, everything: bool = False) -> list[Letter]:
@@ -93,14 +104,19 @@ async def redrive(settings: WorkerSettings, merchant_id: str, places: Sequence[s
 
 
 async def settle(settings: WorkerSettings, merchant_id: str, places: Sequence[str]) -> None:
-    """Note that nobody has to look at dead letters any more, without sending anything.
+    """Note that nobody has to look at dead letters and refused orders any more, without sending anything.
 
     Raises:
-        StackError: a dead letter is not known, or was redriven or settled.
+        StackError: a place is that of neither, or it was redriven or settled.
     """
-    letters = await _open(settings, merchant_id, places)
+    parsed = [_parse(place) for place in places]
     async with _database(settings, merchant_id) as engine, engine.begin() as connection:
-        await _mark(connection, letters)
+        for name, place in zip(places, parsed, strict=True):
+            settled = [
+                (await connection.exec_driver_sql(sql, place)).rowcount for sql in (_SETTLE_LETTER, _SETTLE_ORDER)
+            ]
+            if not any(settled):
+                raise StackError(f"{name} is no dead letter or refused order, or was settled or redriven already.")
 
 
 async def _open(settings: WorkerSettings, merchant_id: str, places: Sequence[str]) -> list[Letter]:

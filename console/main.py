@@ -239,7 +239,7 @@ def settle_dead_letters(
     merchant: _Merchant,
     places: Annotated[list[str], typer.Argument(help="topic/partition/offset, as `list` shows it.")],
 ) -> None:
-    """Take dead letters off the list that need no redriving: the sender has sent a right message, or never will."""
+    """Take dead letters and refused orders off the lists: the sender has sent a right message, or never will."""
     from console.deadletters import settle
     from console.processes import StackError
 

@@ -29,6 +29,7 @@ from schemas.payloads import COMMANDS
 from workers.decide import Answer
 from workers.inbox import DeadLetter
 from workers.lanes import TP, Record
+from workers.queries import NEEDING_ATTENTION
 from workers.transaction import Applied
 
 if TYPE_CHECKING:
@@ -356,12 +357,12 @@ _GAUGES = {
     "parked_commands": "Commands that wait for another one",
     "parked_oldest_seconds": "For how long the oldest of them has waited",
     "dead_letters_open": "Dead letters that nobody has settled or redriven",
-    "purchases_needing_attention": "Paid orders that were refused and not settled since",
+    "purchases_needing_attention": "Paid orders that were refused and neither applied nor settled since",
     "receipts_gaps": "Must be 0: numbers missing among the newest thousand of each series",
 }
 
 # Index scans throughout. An open operation ends at its deadline at the latest, so older ones need no look.
-_READ_GAUGES = """
+_READ_GAUGES = f"""
 WITH clock AS (SELECT clock_timestamp() + clock_offset AS now FROM merchant_state)
 SELECT
     (SELECT count(*) FROM operations, clock WHERE expires_at > now AND state = 'open'),
@@ -370,8 +371,7 @@ SELECT
     (SELECT count(*) FROM parked),
     (SELECT coalesce(extract(epoch FROM max(now) - min(parked_at)), 0)::float8 FROM parked, clock),
     (SELECT count(*) FROM dead_letters WHERE redriven_at IS NULL),
-    (SELECT count(DISTINCT coalesce(r.external_ref, encode(r.command, 'hex'))) FROM purchase_refusals r
-        WHERE NOT EXISTS (SELECT FROM purchases p WHERE p.external_ref = r.external_ref)),
+    ({NEEDING_ATTENTION} SELECT count(*) FROM items),
     (SELECT coalesce(sum(least(1000, s.next_number - 1) - (
         SELECT count(*) FROM documents d WHERE d.prefix = s.prefix AND d.year = s.year
             AND d.sequence >= s.next_number - 1000 AND d.sequence < s.next_number)), 0)

@@ -80,10 +80,10 @@ async def results_of(
 
 # Refusals are one item for each order: what was refused last, since when, how often. A malformed order has no
 # reference: it is an item of its own, as is a message of the purchases topic that could not even be identified.
-_NEEDING_ATTENTION = """
+NEEDING_ATTENTION = """
 WITH refused AS (
     SELECT r.external_ref, r.code, r.message, r.refused_at, r.command, i.topic, i.partition, i.kafka_offset,
-        coalesce('ref ' || r.external_ref, 'message ' || encode(r.command, 'hex')) AS key
+        r.settled_at, coalesce('ref ' || r.external_ref, 'message ' || encode(r.command, 'hex')) AS key
     FROM purchase_refusals r JOIN inbox i ON i.identity = r.command
     WHERE NOT EXISTS (SELECT FROM purchases p WHERE p.external_ref = r.external_ref)
 ),
@@ -92,7 +92,7 @@ listed AS (
         r.topic, r.partition, r.kafka_offset, d.sha256,
         count(*) OVER (PARTITION BY r.key) AS times, min(r.refused_at) OVER (PARTITION BY r.key) AS since
     FROM refused r LEFT JOIN dead_letters d USING (topic, partition, kafka_offset)
-    WHERE d.redriven_at IS NULL
+    WHERE d.redriven_at IS NULL AND r.settled_at IS NULL
     ORDER BY r.key, r.refused_at DESC, r.command
 ),
 items AS (
@@ -101,20 +101,22 @@ items AS (
     SELECT format('letter %s/%s/%s', d.topic, d.partition, d.kafka_offset), NULL, d.code, d.message, d.noted_at, NULL,
         d.topic, d.partition, d.kafka_offset, d.sha256, 1, d.noted_at
     FROM dead_letters d
-    WHERE d.topic = $1 AND d.redriven_at IS NULL
+    WHERE split_part(d.topic, '.', 3) = 'purchases' AND d.redriven_at IS NULL
         AND NOT EXISTS (SELECT FROM refused r WHERE (r.topic, r.partition, r.kafka_offset)
             = (d.topic, d.partition, d.kafka_offset))
 )
-SELECT * FROM items WHERE ($2::text IS NULL OR external_ref = $2)
-    AND ($3::timestamptz IS NULL OR since >= $3) AND ($4::timestamptz IS NULL OR since < $4)
-    AND ($5::timestamptz IS NULL OR (since, key) > ($5, $6::text))
-ORDER BY since, key LIMIT $7
+"""
+_LIST_NEEDING_ATTENTION = f"""
+{NEEDING_ATTENTION}
+SELECT * FROM items WHERE ($1::text IS NULL OR external_ref = $1)
+    AND ($2::timestamptz IS NULL OR since >= $2) AND ($3::timestamptz IS NULL OR since < $3)
+    AND ($4::timestamptz IS NULL OR (since, key) > ($4, $5::text))
+ORDER BY since, key LIMIT $6
 """
 
 
 async def purchases_needing_attention(
     connection: AsyncConnection,
-    topic: str,
     *,
     after: tuple[datetime, str] | None,
     limit: int,
@@ -122,13 +124,11 @@ async def purchases_needing_attention(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> list[tuple[tuple[datetime, str], Shown]]:
-    """Show paid orders that were refused and not applied since, and dead letters of the purchases topic.
+    """Show paid orders that were refused and neither applied nor settled since, and dead letters of their topic.
 
     Returns (key, item) pairs by the time an order was refused first.
     """
-    rows = await fetch(
-        connection, _NEEDING_ATTENTION, topic, external_ref, since, until, *(after or (None, None)), limit
-    )
+    rows = await fetch(connection, _LIST_NEEDING_ATTENTION, external_ref, since, until, *(after or (None, None)), limit)
     named = await commands(connection, [row.command for row in rows if row.command is not None])
     shown = []
     for row in rows:

@@ -125,12 +125,15 @@ async def test_messages_that_could_not_be_decided_are_redriven_or_settled(
     looks_like_a_card = await acme.send("Purchase.Settled", acme.purchase("ann", external_ref=CARD_LIKE))
     order = acme.purchase("ann", amount="9.00")
     await acme.refused("price_mismatch", "Purchase.Settled", order)
+    paid_back = await acme.send("Purchase.Settled", acme.purchase("ann", product="nothing"))
+    assert (await acme.bus.results(paid_back))[0].body["outcome"] == "rejected"
     places = [f"{sent.topic}/{sent.partition}/{sent.offset}" for sent in (looks_like_a_card, malformed)]
     for sent in (looks_like_a_card, malformed):
         await acme.dead_letter(sent)
     script.about(acme.id)
     script.put({"credits.acme.purchases/0/42": places[0], "credits.acme.operations/0/17": places[1]})
-    script.put({"pay-1": order["external_ref"], "invoice": "card"})
+    place = f"{paid_back.topic}/{paid_back.partition}/{paid_back.offset}"
+    script.put({"pay-1": order["external_ref"], "invoice": "card", "credits.acme.purchases/0/43": place})
     script.put({"2026-01-01T10:00:00Z": acme.now(), "2026-01-01T10:05:00Z": acme.now()})
     config = acme.config | {"external_ref_patterns": {"card": "[0-9]{16}"}}
     (tmp_path / "merchant.json").write_text(json.dumps(config))
@@ -141,9 +144,11 @@ async def test_messages_that_could_not_be_decided_are_redriven_or_settled(
     await script.run("credits send acme Merchant.Configure")
     assert f"{looks_like_a_card.id}#redriven" in await script.run("credits dead-letters redrive acme")
     await script.run("credits dead-letters settle acme")
-    (needing,) = json.loads(await script.run("curl"))["items"]
+    needing, lost = json.loads(await script.run("curl"))["items"]
     assert needing["external_ref"] == order["external_ref"]
+    assert "/".join(str(lost["message"][part]) for part in ("topic", "partition", "offset")) == place
     await script.run("credits send acme Purchase.Settled")
+    await script.run("credits dead-letters settle acme")
     assert "no dead letters" in await script.run("credits dead-letters list acme")
     assert json.loads(await script.run("curl"))["items"] == []
 

@@ -14,13 +14,17 @@ import pytest_asyncio
 from aiokafka import TopicPartition as TP
 from prometheus_client.parser import text_string_to_metric_families
 
-from merchants.databases import READER_SETTINGS, Pools
+from console.deadletters import settle
+from console.processes import StackError
+from merchants.databases import READER_SETTINGS, Pools, create_unpooled_engine, engine_url
 from merchants.schema import migrate
 from schemas.topics import CHANNELS, input_topic
+from tests import builders
 from tests.integration.shop import Shop, open_shop
 from tests.services import Services
 from workers.lanes import Counters
-from workers.metrics import Metrics, Sampler
+from workers.metrics import Metrics, Sampler, read_gauges
+from workers.queries import purchases_needing_attention
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -158,6 +162,40 @@ async def test_a_merchants_database_is_sampled_and_a_broken_account_is_noticed(s
     await look(sampler)
     assert ("credits_open_operations", labels(name)) not in read(metrics)
     await readers.close()
+
+
+async def test_orders_need_attention_until_they_are_settled_and_the_figures_say_what_the_list_says(shop: Shop) -> None:
+    async def places() -> list[str]:
+        async with engine.connect() as connection:
+            found = await purchases_needing_attention(connection, after=None, limit=10)
+            assert (await read_gauges(connection))["purchases_needing_attention"] == len(found)
+        where = [(shown["error"]["code"], shown["message"]) for _, shown in found]
+        return [f"{code} {at['topic']}/{at['partition']}/{at['offset']}" for code, at in where]
+
+    name = shop.merchant.merchant_id
+    url = engine_url(shop.merchant.database_url, password=shop.merchant.password)
+    engine = create_unpooled_engine(url, READER_SETTINGS)
+    wrong = {"country": "AM", "amount": "1", "currency": "EUR"}
+    order = builders.purchase("eve", "paid-back", product_code="c100", pricing_snapshot=wrong)
+    for _ in range(2):
+        shop.send("Purchase.Settled", **order)
+    await shop.work()
+    unreadable = shop.message("Purchase.Settled", "unreadable", order)
+    shop.unsent.append(replace(unreadable, value=b"{"))
+    await shop.work()
+
+    refused, malformed = await places()
+    assert [line.split()[0] for line in (refused, malformed)] == ["price_mismatch", "malformed"]
+    await settle(shop.settings, name, [malformed.split()[1]])
+    assert await places() == [refused]
+    await settle(shop.settings, name, [refused.split()[1]])
+    assert await places() == []
+    with pytest.raises(StackError, match="settled or redriven already"):
+        await settle(shop.settings, name, [refused.split()[1]])
+    shop.send("Purchase.Settled", **order)
+    await shop.work()
+    assert len(await places()) == 1
+    await engine.dispose()
 
 
 async def look(sampler: Sampler) -> None:

@@ -35,6 +35,7 @@ UNDECLARED = {
     "parked.arrived",
     "merchant_state.one",
     "dead_letters.redriven_at",
+    "purchase_refusals.settled_at",
 }
 # Tables without a declaration: they are only touched by statements written out.
 BARE = {"clock_advances", "job_state", "alembic_version"}

@@ -247,7 +247,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         EVERYBODY,
         (
             EXTERNAL_REF,
-            flag("needs_attention", "Instead: orders that were refused and not applied since, dead letters too."),
+            flag("needs_attention", "Instead: orders refused and neither applied nor settled since, dead letters too."),
             USER_ID,
             *PERIOD,
             *PAGE,

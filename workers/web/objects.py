@@ -12,7 +12,6 @@ from ledger.model import account_id_of
 from receipts.render import render_html, render_pdf
 from schemas.codec import parse_time
 from schemas.errors import Code
-from schemas.topics import input_topic
 from workers import queries
 from workers.web.access import READERS, USER
 from workers.web.calls import Call, Shown
@@ -183,7 +182,6 @@ async def _purchases_needing_attention(call: Call) -> list[Shown]:
         raise problem(Code.INVALID_PARAMETER, "user_id does not go with needs_attention", parameter="user_id")
     found = await queries.purchases_needing_attention(
         call.connection,
-        input_topic(call.merchant.merchant_id, "purchases"),
         after=_time_and_id(call.after),
         limit=call.limit + 1,
         external_ref=call.query.get("external_ref"),
