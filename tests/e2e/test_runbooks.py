@@ -377,25 +377,41 @@ async def test_a_consumer_of_receipts_reads_and_exports_them(script: Script, acm
 
 
 @follows("README.md")
-async def test_the_first_command_of_the_readme_opens_an_operation(script: Script, acme: Merchant) -> None:
+async def test_the_first_credits_of_the_readme_are_granted_spent_and_traced(
+    script: Script, bus: Bus, tmp_path: Path
+) -> None:
     text = (ROOT / "README.md").read_text()
+    # One merchant's: others may be in the middle of something.
+    script.put({"--all": (await bus.register()).id})
+    for _ in range(2):
+        assert "every identity holds" in await script.run("credits verify --all")
+    acme = Merchant(bus, name("acme"), {}, 4)
+    script.about(acme.id)
+    (tmp_path / "docs/examples").mkdir(parents=True)
+    (tmp_path / "docs/examples/merchant.json").write_bytes((ROOT / "docs/examples/merchant.json").read_bytes())
+    await script.run("credits merchants create acme")
+    await script.run("credits send acme OperationType.CreateWithArchival")
+    await script.run("credits send acme Grant.Apply")
+    await acme.watch()
+
     (value,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     told, _, _ = text.partition("```json")
     headers = dict(re.findall(r"`(ce_\w+|content-type)(?:: ([^`]+))?`", told))
     assert headers.keys() == {"ce_specversion", "ce_id", "ce_source", "ce_type", "content-type"}
     (topic,) = re.findall(r"topic `credits\.<merchant>\.(\w+)`", told)
-    await acme.grant(json.loads(value)["user_id"], 5)
-
     given = {header: text for header, text in headers.items() if text}
     sent = await acme.bus.send(
         acme.topic(topic), headers["ce_type"], value, key="ann", headers={"ce_time": None} | given
     )
 
     assert (await acme.bus.results(sent))[0].body["outcome"] == "applied"
-    # One merchant's: others may be in the middle of something.
-    for _ in range(2):
-        script.put({"--all": acme.id})
-        assert "every identity holds" in await script.run("credits verify --all")
+    # The same operation, opened before by the application.
+    again = json.loads(await script.run("credits send acme Operation.Open"))
+    assert again["replay_of"]["command_id"] == sent.id
+    await script.run("credits send acme Operation.RecordAndClose")
+    told = json.loads(await script.run("curl"))
+    assert (told["balance"], [lot["remaining"] for lot in told["lots"]]) == (498, [498])
+    assert "every identity holds" in await script.run("credits verify acme")
 
 
 @follows("docs/contributing.md")
