@@ -69,13 +69,13 @@ async def erase_buyers(connection: AsyncConnection, account_ids: Sequence[int]) 
     await connection.exec_driver_sql("DELETE FROM buyers WHERE account_id = ANY($1::bigint[])", (list(account_ids),))
 
 
-async def delete_old_buyers(connection: AsyncConnection, now: datetime, years: int) -> None:
-    """Delete the buyer blocks and salts of receipts issued so many years ago or earlier; the documents stay."""
+async def delete_old_buyers(connection: AsyncConnection, since: datetime, until: datetime) -> None:
+    """Delete the buyer blocks and salts of receipts issued after ``since``, until ``until``; the documents stay."""
     sql = """
     DELETE FROM buyers b USING documents d
-    WHERE d.number = b.number AND d.issued_at <= $1::timestamptz - make_interval(years => $2)
+    WHERE d.number = b.number AND d.issued_at > $1 AND d.issued_at <= $2
     """
-    await connection.exec_driver_sql(sql, (now, years))
+    await connection.exec_driver_sql(sql, (since, until))
 
 
 async def existing_numbers(connection: AsyncConnection, numbers: Sequence[str]) -> set[str]:

@@ -21,7 +21,6 @@ from catalog.sql import fetch
 from ledger.model import entry_id_of
 from merchants.databases import Pools
 from merchants.registry import Merchant
-from merchants.store import State
 from schemas.canonical import compact_json
 from schemas.envelope import message_identity
 from schemas.events import command_headers
@@ -124,8 +123,10 @@ class Scheduler:
         async with engine.begin() as connection:
             state = await merchants.store.read_state(connection)
             now = state.now
-            await self._do_daily(connection, merchant, state)
             search = Search(connection, merchant.merchant_id, now)
+            if self._done_daily.get(merchant.merchant_id) != now.date():
+                await search.make_partitions()
+                await search.delete_old_buyers(state.config_version)
             async for jobs in search.pages():
                 fresh = self._not_sent(merchant.merchant_id, now, jobs)
                 await self.publisher.publish([job.message(merchant.merchant_id, now) for job in fresh])
@@ -137,16 +138,6 @@ class Scheduler:
         # Not sooner: what fails before the end is undone, and has to be done again.
         self._done_daily[merchant.merchant_id] = now.date()
         return sent
-
-    async def _do_daily(self, connection: AsyncConnection, merchant: Merchant, state: State) -> None:
-        """Once a day of the merchant's clock, make its partitions and delete buyer blocks kept long enough."""
-        now = state.now
-        if self._done_daily.get(merchant.merchant_id) == now.date():
-            return
-        for months in (0, 1, 2):
-            await ledger.store.due_partition_month(connection, now + timedelta(days=31 * months))
-        config = await merchants.store.read_config(connection, state.config_version)
-        await receipts.store.delete_old_buyers(connection, now, config.retention_years)
 
     def _not_sent(self, merchant_id: str, now: datetime, jobs: Sequence["Job"]) -> list["Job"]:
         """Leave out what this process has sent in the same hour: it would only be a duplicate."""
@@ -194,8 +185,24 @@ class Search:
     now: datetime
     marks: dict[str, datetime] = field(default_factory=dict)
 
+    async def make_partitions(self) -> None:
+        for months in (0, 1, 2):
+            await ledger.store.due_partition_month(self.connection, self.now + timedelta(days=31 * months))
+
+    async def delete_old_buyers(self, config_version: int) -> None:
+        """Delete the buyer blocks that were kept for the merchant's ``retention_years``."""
+        config = await merchants.store.read_config(self.connection, config_version)
+        sql = "SELECT $1::timestamptz - make_interval(years => $2)"
+        ((until,),) = await fetch(self.connection, sql, self.now, config.retention_years)
+        since = (await self._known_marks()).get("buyers", LONG_AGO)
+        await receipts.store.delete_old_buyers(self.connection, since, until)
+        self.marks["buyers"] = until
+
+    async def _known_marks(self) -> dict[str, datetime]:
+        return {row[0]: row[1] for row in await fetch(self.connection, "SELECT job, watermark FROM job_state")}
+
     async def pages(self) -> AsyncIterator[list[Job]]:
-        known = {row[0]: row[1] for row in await fetch(self.connection, "SELECT job, watermark FROM job_state")}
+        known = await self._known_marks()
         async for jobs in self._lots(known.get("lots", LONG_AGO)):
             yield jobs
         async for jobs in self._operations(known.get("operations", LONG_AGO)):

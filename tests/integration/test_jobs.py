@@ -325,3 +325,14 @@ async def test_buyer_blocks_are_deleted_when_their_retention_is_over_and_the_boo
 
         assert await buyers(user) == ["Ben"]
         assert (await verify(user.engine)).ok
+
+
+async def test_the_search_for_old_buyer_blocks_goes_on_where_the_last_one_ended(control_url: str) -> None:
+    made = await merchant(control_url, "marked", retention_years=2)
+    async with clerk(made) as user:
+        async with scheduler(control_url) as (one, _):
+            await one.send_due(made)
+        async with user.engine.connect() as connection:
+            (row,) = await fetch(connection, "SELECT watermark FROM job_state WHERE job = 'buyers'")
+    age = datetime.now(UTC) - row[0]
+    assert timedelta(days=729) < age < timedelta(days=733)
