@@ -24,7 +24,9 @@ from schemas.topics import ALLOWED
 from tests.core import Core
 from workers.decide import PARKED_FOR, PARKED_FOR_MONEY
 from workers.metrics import _GAUGES, Metrics
+from workers.settings import _VARIABLES, WorkerSettings
 from workers.web.endpoints import ENDPOINTS
+from workers.web.settings import WebSettings
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -219,3 +221,19 @@ def test_every_alert_has_a_runbook() -> None:
     index = (DOCS / "operations/README.md").read_text()
     pages = {path.name for path in (DOCS / "operations").glob("*.md")} - {"README.md"}
     assert pages == set(re.findall(r"\(([\w-]+\.md)\)", index))
+
+
+def test_the_table_of_settings_has_all_variables_and_their_defaults() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \|", (DOCS / "operations/settings.md").read_text(), re.MULTILINE)
+    bare = {variable: getattr(WorkerSettings, name, None) for name, variable in _VARIABLES.items()}
+    web = re.findall(r'"(CREDITS_\w+)"', (ROOT / "workers/web/settings.py").read_text())
+    bare |= dict.fromkeys(web) | {"CREDITS_WEB_RATE": WebSettings.rate, "CREDITS_WEB_BURST": WebSettings.burst}
+
+    told = {variable: text.strip("` ") for variable, text in rows}
+    assert {variable for variable, text in told.items() if text == "needed"} == {
+        "KAFKA_BOOTSTRAP_SERVERS",
+        "CREDITS_CONTROL_DATABASE_URL",
+    }
+    assert {name: "" if text == "needed" else text for name, text in told.items()} == {
+        variable: "" if default is None else str(default) for variable, default in bare.items()
+    }
