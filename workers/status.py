@@ -106,7 +106,11 @@ class Lookout:
         """Return the end of each input partition."""
         if self._consumer is None:
             consumer = AIOKafkaConsumer(bootstrap_servers=self._servers, enable_auto_commit=False, **self._security)
-            await consumer.start()
+            try:
+                await consumer.start()
+            except BaseException:
+                await consumer.stop()
+                raise
             self._consumer = consumer
         existing = await self._consumer.topics()
         tps = [TP(CONTROL, 0)]

@@ -1,8 +1,10 @@
 """The operator page in a real browser, on a real server, database and broker."""
 
+import gc
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import pytest_asyncio
 from aiohttp import web
 
+from console.processes import free_port
 from merchants import tokens
 from merchants.databases import CONTROL_SETTINGS, READER_SETTINGS, Pools, create_engine, engine_url
 from merchants.schema import migrate
@@ -47,14 +50,14 @@ async def shop(services: Services) -> AsyncIterator[Shop]:
 
 
 @asynccontextmanager
-async def serve(shop: Shop) -> AsyncIterator[str]:
-    """Serve the page beside the queries on a free port, and yield the address."""
+async def serve(shop: Shop, **changes: Any) -> AsyncIterator[str]:
+    """Serve the page beside the queries on a free port, under changed settings, and yield the address."""
     url = shop.settings.control_database_url
     state: Any = SimpleNamespace(ready=True, counters=Counters(), assigned={}, lag={})
     metrics = Metrics(lambda: state, lambda: 0, {})
     shop.pipeline.observers[:] = [metrics.observe]
     service: Any = SimpleNamespace(
-        settings=shop.settings,
+        settings=replace(shop.settings, **changes),
         control_engine=create_engine(engine_url(url), CONTROL_SETTINGS, pool_size=2),
         readers=Pools(READER_SETTINGS, pool_size=2, merchants_max=4),
         merchants={shop.merchant.merchant_id: shop.merchant},
@@ -183,3 +186,18 @@ async def test_only_operators_get_data_and_only_of_their_own_merchant(shop: Shop
         assert (await get(letters, made["elsewhere"]))[0] == 404
         async with session.get(f"{url}/operator") as answer:
             assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+
+
+async def test_a_broker_that_is_away_is_a_503_and_leaves_no_connection_behind(shop: Shop) -> None:
+    headers = {"Authorization": "Bearer root of the tests"}
+    async with (
+        serve(shop, kafka_bootstrap_servers=f"127.0.0.1:{free_port()}") as url,
+        aiohttp.ClientSession(headers=headers) as session,
+        session.get(f"{url}/operator/data/status") as response,
+    ):
+        problem = await response.json()
+        assert (response.status, problem["retryable"]) == (503, True)
+        assert "broker" in problem["detail"]
+        assert int(response.headers["Retry-After"]) > 0
+    # One that was not closed says so when it is collected.
+    gc.collect()

@@ -12,17 +12,21 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from aiohttp import web
+from aiokafka.errors import KafkaError
 
 from catalog.sql import fetch
 from schemas.canonical import compact_json, format_time
 from schemas.errors import Code
 from workers.status import Lookout, MerchantStatus, Status
 from workers.web.access import ADMIN, AUDITOR, SUPPORT, Principal
-from workers.web.problems import problem
+from workers.web.problems import problem, unavailable
 
 if TYPE_CHECKING:
     from workers.service import Service
+
+log = structlog.get_logger(__name__)
 
 ROOT = "/operator"
 ROLES = frozenset({SUPPORT, ADMIN, AUDITOR})
@@ -98,7 +102,11 @@ class OperatorPage:
     async def _look(self) -> Status:
         async with self._lock:
             if self._status is None or time.monotonic() - self._status.at > FRESH_SECONDS:
-                self._status = await self._open().look()
+                try:
+                    self._status = await self._open().look()
+                except KafkaError as error:
+                    log.warning("the status can't be looked up now", error=type(error).__name__)
+                    raise unavailable("the broker can't be reached at the moment") from error
                 figures = {m.merchant_id: (m.applied, m.lag) for m in self._status.merchants if m.error is None}
                 self._history.append((time.time(), figures))
             return self._status
