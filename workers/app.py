@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import structlog
 from aiohttp import web
 
+from workers import faults
 from workers.lanes import TP, Counters, Handler, LaneOptions, Lanes, Lease
 from workers.logs import die_with
 from workers.settings import WorkerSettings
@@ -252,6 +253,7 @@ def run_worker(app: App) -> NoReturn:
     The exit code is 0 after a stop in which everything under way was finished, else 1. It takes at most half a minute,
     also when the broker is away.
     """
+    faults.enable_from_env()
     Worker(
         app, on_signal=partial(app.end_in, STOP_SECONDS_MAX), loop=asyncio.get_event_loop()
     ).execute_from_commandline()

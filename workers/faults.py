@@ -5,12 +5,21 @@ life of a process. The actions: ``die`` as if killed, ``hang`` for ever, ``stop`
 trouble (the surroundings' fault), ``break`` with a defect (ours).
 
 ``CREDITS_PLANT=name`` brings one known bug back, so that a test can show that its checks would notice it.
+
+A worker with one of the two starts only where ``CREDITS_TEST_FAULTS=1`` says that it is a test.
 """
 
 import asyncio
 import os
 import signal
 import sys
+from collections.abc import Mapping
+
+import structlog
+
+from workers.logs import die
+
+log = structlog.get_logger(__name__)
 
 POINTS = (
     "after_decode",
@@ -80,7 +89,15 @@ def enable(fault: str | None, bug: str | None = None) -> None:
     _fault, _planted = _Fault(fault) if fault else None, bug or None
 
 
-enable(os.environ.get("CREDITS_FAULT"), os.environ.get("CREDITS_PLANT"))
+def enable_from_env(environ: Mapping[str, str] = os.environ) -> None:
+    """Set what the environment asks for; end the process if it asks and this is no test."""
+    asked = {name: environ[name] for name in ("CREDITS_FAULT", "CREDITS_PLANT") if environ.get(name)}
+    if not asked:
+        return
+    if environ.get("CREDITS_TEST_FAULTS") != "1":
+        die("faults are for tests, and CREDITS_TEST_FAULTS=1 is not set", None, **asked)
+    log.critical("this worker has faults on purpose", **asked)
+    enable(environ.get("CREDITS_FAULT"), environ.get("CREDITS_PLANT"))
 
 
 async def point(name: str) -> None:

@@ -139,6 +139,7 @@ class Cluster:
             "CREDITS_REBALANCE_TIMEOUT": "20",
             "CREDITS_WEB_BIND": "127.0.0.1",
             "PYTHONPATH": str(PROJECT),
+            "CREDITS_TEST_FAULTS": "1",
             **self._environment,
         }
         command = [sys.executable, "-m", "console.main", "migrate"]
