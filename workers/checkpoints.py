@@ -9,7 +9,7 @@ entry counts, heads and document numbers named there must still be found.
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -36,6 +36,8 @@ log = structlog.get_logger(__name__)
 EVENT = "Books.Checkpointed"
 PERIOD_SECONDS = 60
 READ_SECONDS_MAX = 10
+STATEMENT_TIMEOUT = "60s"
+ROWS = 2000
 
 
 def checkpoints_topic(merchant: str) -> str:
@@ -94,29 +96,29 @@ FROM merchant_state s, (
 """
 
 # An account that had no entry since the cut has its head in its row; only of the others the history is looked at.
-_HEADS = """
-WITH account_heads AS (
-    SELECT a.head, a.last_seq AS entries FROM accounts a WHERE a.last_entry_at < $1
+_ACCOUNT_HEADS = """
+SELECT a.head, a.last_seq AS entries FROM accounts a WHERE a.last_entry_at < $1
+UNION ALL
+SELECT e.hash, e.user_seq FROM accounts a CROSS JOIN LATERAL (
+    SELECT hash, user_seq FROM entries
+    WHERE entries.account_id = a.account_id AND created_at < $1 ORDER BY user_seq DESC LIMIT 1) e
+WHERE a.last_entry_at >= $1
+ORDER BY head
+"""
+# Documents are counted up to the heads, for which the index of their numbers is enough.
+_SERIES_HEADS = """
+WITH heads AS (
+    SELECT s.prefix, s.year, s.next_number - 1 AS sequence, s.head FROM document_series s
+    WHERE s.last_issued_at < $1 AND s.last_issued_at > '-infinity'
     UNION ALL
-    SELECT e.hash, e.user_seq FROM accounts a CROSS JOIN LATERAL (
-        SELECT hash, user_seq FROM entries
-        WHERE entries.account_id = a.account_id AND created_at < $1 ORDER BY user_seq DESC LIMIT 1) e
-    WHERE a.last_entry_at >= $1
-),
-series_heads AS (
-    SELECT s.head FROM document_series s WHERE s.last_issued_at < $1 AND s.last_issued_at > '-infinity'
-    UNION ALL
-    SELECT d.hash FROM document_series s CROSS JOIN LATERAL (
-        SELECT hash FROM documents
+    SELECT s.prefix, d.year, d.sequence, d.hash FROM document_series s CROSS JOIN LATERAL (
+        SELECT year, sequence, hash FROM documents
         WHERE documents.prefix = s.prefix AND issued_at < $1 ORDER BY year DESC, sequence DESC LIMIT 1) d
     WHERE s.last_issued_at >= $1
 )
-SELECT
-    (SELECT coalesce(sum(entries), 0)::bigint FROM account_heads),
-    (SELECT count(*) FROM account_heads),
-    (SELECT coalesce(string_agg(head, '' ORDER BY head), '') FROM account_heads),
-    (SELECT count(*) FROM documents WHERE issued_at < $1),
-    (SELECT coalesce(string_agg(head, '' ORDER BY head), '') FROM series_heads)
+SELECT h.head, (
+    SELECT count(*) FROM documents d WHERE d.prefix = h.prefix AND (d.year, d.sequence) <= (h.year, h.sequence))
+FROM heads h ORDER BY h.head
 """
 
 
@@ -131,10 +133,27 @@ async def take(connection: AsyncConnection) -> Checkpoint:
 
 async def recompute(connection: AsyncConnection, merchant_id: str, cut: datetime) -> Checkpoint:
     """Read what a checkpoint at this cut says if nothing before it was changed or removed since."""
-    entries, accounts, heads, documents, series = (await fetch(connection, _HEADS, cut))[0]
+    # Readers are given less; this one reads as long as there are accounts, and nobody waits for it.
+    await fetch(connection, "SELECT set_config('statement_timeout', $1, true)", STATEMENT_TIMEOUT)
+    entries, accounts, accounts_sha256 = 0, 0, sha256()
+    async for rows in _parts(connection, _ACCOUNT_HEADS, cut):
+        accounts_sha256.update(b"".join(row[0] for row in rows))
+        accounts += len(rows)
+        entries += sum(row[1] for row in rows)
+    series = await fetch(connection, _SERIES_HEADS, cut)
+    documents, series_sha256 = sum(row[1] for row in series), sha256(b"".join(row[0] for row in series))
     return Checkpoint(
-        merchant_id, cut, entries, accounts, sha256(heads).hexdigest(), documents, sha256(series).hexdigest()
+        merchant_id, cut, entries, accounts, accounts_sha256.hexdigest(), documents, series_sha256.hexdigest()
     )
+
+
+async def _parts(connection: AsyncConnection, sql: str, *parameters: Any) -> AsyncIterator[Sequence[Any]]:
+    """Read rows in parts, so that memory does not grow with the ledger."""
+    driver = (await connection.get_raw_connection()).driver_connection
+    assert driver is not None
+    cursor = await driver.cursor(sql, *parameters)
+    while rows := await cursor.fetch(ROWS):
+        yield rows
 
 
 async def compare(connection: AsyncConnection, checkpoint: Checkpoint) -> list[str]:
@@ -171,7 +190,10 @@ async def last_checkpoint(
 
 @dataclass
 class Checkpointer:
-    """Publishes a checkpoint a minute of each merchant; one worker does so for a merchant, like the sampler."""
+    """Publishes a checkpoint a minute of each merchant; one worker does so for a merchant, like the sampler.
+
+    ``published_at`` tells by `time.monotonic` when the last one was, or when it should have been for the first time.
+    """
 
     readers: Pools
     publisher: Publisher
@@ -179,6 +201,7 @@ class Checkpointer:
     security: Mapping[str, Any]
     merchants: Mapping[str, Merchant]
     assigned: Callable[[], Mapping[str, set[TP]]]
+    published_at: dict[str, float] = field(default_factory=dict)
     errors: int = 0
     _ensured: set[str] = field(default_factory=set)
 
@@ -189,10 +212,16 @@ class Checkpointer:
             for name, partitions in sorted(self.assigned().items())
             if name in self.merchants and looks_after(name, partitions)
         ]
+        names = {merchant.merchant_id for merchant in mine}
+        for name in self.published_at.keys() - names:
+            del self.published_at[name]
+        for name in names:
+            self.published_at.setdefault(name, time.monotonic())
         await self._look_for_topics(mine)
         for merchant in mine:
             try:
                 await self.publish(merchant)
+                self.published_at[merchant.merchant_id] = time.monotonic()
             except Exception as error:
                 self.errors += 1
                 log.warning("no checkpoint", merchant=merchant.merchant_id, error=repr(error)[:500])

@@ -99,15 +99,15 @@ class Metrics(Collector):
 
     Args:
         state: of the worker, read when the metrics are.
-        scheduler_errors: tells how many passes over a merchant's jobs have failed.
+        errors: tells of each part that works beside the lanes how often it failed with a merchant.
         pools: by name, for the numbers of connections.
     """
 
     def __init__(
-        self, state: Callable[[], "State"], scheduler_errors: Callable[[], int], pools: Mapping[str, Pools]
+        self, state: Callable[[], "State"], errors: Callable[[], Mapping[str, int]], pools: Mapping[str, Pools]
     ) -> None:
         self._state = state
-        self._scheduler_errors = scheduler_errors
+        self._errors = errors
         self._pools = pools
         self._commands: Counter[tuple[str, str, str]] = Counter()
         self._refusals: Counter[tuple[str, str, str]] = Counter()
@@ -123,6 +123,7 @@ class Metrics(Collector):
         self._tallies: dict[str, Tally] = {}
         self.touched: dict[str, deque[int]] = {}
         self.samples: dict[str, Sample] = {}
+        self.checkpointed_at: dict[str, float] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -268,7 +269,8 @@ class Metrics(Collector):
         events = CounterMetricFamily("credits_worker_events", "What happened in this worker", labels=("event",))
         for event, count in vars(state.counters).items():
             events.add_metric((event,), count)
-        events.add_metric(("scheduler_errors",), self._scheduler_errors())
+        for part, count in self._errors().items():
+            events.add_metric((f"{part}_errors",), count)
         yield events
         connections = GaugeMetricFamily("credits_database_connections", "By pool and state", labels=("pool", "state"))
         for pool, pools in self._pools.items():
@@ -288,6 +290,10 @@ class Metrics(Collector):
         age = GaugeMetricFamily("credits_sample_age_seconds", "Age of the gauges of a database", labels=("merchant",))
         for merchant, sample in samples:
             age.add_metric((merchant,), time.monotonic() - sample.at)
+        yield age
+        age = GaugeMetricFamily("credits_checkpoint_age_seconds", "Since the last checkpoint", labels=("merchant",))
+        for merchant, at in list(self.checkpointed_at.items()):
+            age.add_metric((merchant,), time.monotonic() - at)
         yield age
 
 

@@ -93,7 +93,11 @@ class Service:
         self.merchants: dict[str, Merchant] = {}
         self.metrics = Metrics(
             lambda: self.app.state_of_worker,
-            lambda: self.scheduler.errors,
+            lambda: {
+                "scheduler": self.scheduler.errors,
+                "sampler": self.sampler.errors,
+                "checkpoint": self.checkpointer.errors,
+            },
             {"writers": self.writers, "readers": self.readers, "jobs": self.jobs},
         )
         self.sampler = Sampler(self.metrics, self.readers, self.merchants, lambda: self.app.state_of_worker.assigned)
@@ -104,6 +108,7 @@ class Service:
             settings.security_kwargs(),
             self.merchants,
             lambda: self.app.state_of_worker.assigned,
+            self.metrics.checkpointed_at,
         )
         self.pipeline.observers.append(self.metrics.observe)
         self.pipeline.observers.append(lambda merchant, _: self.scheduler.stir(merchant))

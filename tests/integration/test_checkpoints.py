@@ -2,16 +2,21 @@
 
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from hashlib import sha256
 
+import pytest
 import pytest_asyncio
 from aiokafka import TopicPartition as TP
 
+from catalog.sql import fetch
 from merchants.databases import READER_SETTINGS, WRITER_SETTINGS, Pools, create_unpooled_engine, engine_url
 from merchants.schema import migrate, on_database
 from schemas.topics import input_topic
 from tests.integration.shop import Shop, open_shop
 from tests.integration.test_restore import admin, purchase
 from tests.services import Services
+from workers import checkpoints
 from workers.checkpoints import Checkpointer, compare, last_checkpoint, take
 
 
@@ -78,6 +83,59 @@ async def test_the_worker_with_a_merchants_jobs_publishes_its_checkpoints_by_its
             cuts.add(checkpoint.cut)
         assert checkpointer.errors == 0
     assert len(cuts) == 4
+    await readers.close()
+
+
+async def test_the_digest_is_over_the_sorted_heads_however_many_there_are(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "ROWS", 2)
+    for number in range(5):
+        shop.send("Purchase.Settled", **purchase(f"user-{number}", f"pay-{number}"))
+    await shop.work()
+    shop.send("Refund.Apply", **admin(refund_id="r", external_ref="pay-1"))
+    await shop.work()
+    url = engine_url(on_database(shop.settings.control_database_url, shop.database))
+    engine = create_unpooled_engine(url, READER_SETTINGS | {"default_transaction_read_only": "off"})
+    async with engine.connect() as connection:
+        checkpoint = await take(connection)
+        heads = sorted(row[0] for row in await fetch(connection, "SELECT head FROM accounts"))
+        series = sorted(
+            row[0] for row in await fetch(connection, "SELECT head FROM document_series WHERE next_number > 1")
+        )
+        assert (checkpoint.entries, checkpoint.accounts, checkpoint.documents) == (6, 5, 6)
+        assert checkpoint.accounts_sha256 == sha256(b"".join(heads)).hexdigest()
+        assert checkpoint.series_sha256 == sha256(b"".join(series)).hexdigest()
+        # A reader's statement may not take as long as this one.
+        assert (await fetch(connection, "SHOW statement_timeout"))[0][0] == "1min"
+        await connection.exec_driver_sql("SET session_replication_role = replica")
+        await connection.exec_driver_sql("DELETE FROM documents WHERE sequence = 2")
+        problems = await compare(connection, checkpoint)
+        await connection.rollback()
+        assert (await fetch(connection, "SHOW statement_timeout"))[0][0] == "5s"
+    await engine.dispose()
+    assert [problem.partition(":")[0] for problem in problems] == ["documents"]
+
+
+async def test_the_age_of_the_last_checkpoint_grows_while_there_is_none(shop: Shop) -> None:
+    name = shop.merchant.merchant_id
+    readers = Pools(READER_SETTINGS, pool_size=1, merchants_max=2)
+    partitions = {name: {TP(input_topic(name, "jobs"), 0)}}
+    merchants = {name: replace(shop.merchant, database_url=shop.merchant.database_url + "_gone")}
+    servers = shop.settings.kafka_bootstrap_servers
+    checkpointer = Checkpointer(readers, shop.publisher, servers, {}, merchants, lambda: partitions)
+    await checkpointer.run_once()
+    begun = checkpointer.published_at[name]
+    await checkpointer.run_once()
+    assert (checkpointer.errors, checkpointer.published_at) == (2, {name: begun})
+
+    merchants[name] = shop.merchant
+    await readers.close()
+    await checkpointer.run_once()
+    assert checkpointer.published_at[name] > begun
+    partitions.clear()
+    await checkpointer.run_once()
+    assert checkpointer.published_at == {}
     await readers.close()
 
 

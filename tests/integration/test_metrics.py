@@ -45,7 +45,7 @@ def assigned(shop: Shop) -> dict[str, set[TP]]:
 def metrics(shop: Shop) -> Metrics:
     state: Any = SimpleNamespace(ready=True, counters=Counters(batches=3), assigned=assigned(shop), lag={})
     state.lag[TP(input_topic(shop.merchant.merchant_id, "admin"), 0)] = 7
-    metrics = Metrics(lambda: state, lambda: 2, {"writers": shop.pools})
+    metrics = Metrics(lambda: state, lambda: {"scheduler": 2, "checkpoint": 1}, {"writers": shop.pools})
     shop.pipeline.observers[:] = [metrics.observe]
     return metrics
 
@@ -89,6 +89,7 @@ async def test_commands_are_counted_by_type_and_outcome_and_users_are_not_named(
     assert found["credits_consumer_lag", labels(name, input_topic(name, "admin"), "0")] == 7
     assert found["credits_worker_events_total", labels("batches")] == 3
     assert found["credits_worker_events_total", labels("scheduler_errors")] == 2
+    assert found["credits_worker_events_total", labels("checkpoint_errors")] == 1
     assert "ann-the-user" not in metrics.render().decode()
 
 

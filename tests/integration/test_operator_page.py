@@ -54,7 +54,7 @@ async def serve(shop: Shop, **changes: Any) -> AsyncIterator[str]:
     """Serve the page beside the queries on a free port, under changed settings, and yield the address."""
     url = shop.settings.control_database_url
     state: Any = SimpleNamespace(ready=True, counters=Counters(), assigned={}, lag={})
-    metrics = Metrics(lambda: state, lambda: 0, {})
+    metrics = Metrics(lambda: state, dict, {})
     shop.pipeline.observers[:] = [metrics.observe]
     service: Any = SimpleNamespace(
         settings=replace(shop.settings, **changes),

@@ -33,7 +33,7 @@ class Wiring:
     readers: Pools
     merchants: dict[str, Merchant] = field(default_factory=dict)
     app: Any = field(default_factory=lambda: SimpleNamespace(state_of_worker=SimpleNamespace(ready=True)))
-    metrics: Metrics = field(default_factory=lambda: Metrics(lambda: State("tests"), lambda: 0, {}))
+    metrics: Metrics = field(default_factory=lambda: Metrics(lambda: State("tests"), dict, {}))
 
 
 @dataclass

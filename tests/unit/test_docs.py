@@ -202,7 +202,7 @@ def expressions() -> Iterator[str]:
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     state: Any = SimpleNamespace(ready=False, assigned={}, lag={}, counters=SimpleNamespace())
-    metrics = Metrics(lambda: state, lambda: 0, {})
+    metrics = Metrics(lambda: state, dict, {})
     families = {family.name: family.type for family in metrics.collect()}
     samples = set()
     for name, kind in families.items():
