@@ -9,9 +9,9 @@ from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
+from console.merchants import registered_as
 from console.processes import StackError
-from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
-from merchants.registry import find, names
+from merchants.registry import names
 from merchants.schema import on_database
 
 CONTROL = "control"
@@ -25,13 +25,7 @@ async def database_of(control_url: str, merchant_id: str) -> URL:
     """
     if merchant_id == CONTROL:
         return make_url(control_url)
-    engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
-    try:
-        async with engine.connect() as connection:
-            if await find(connection, merchant_id) is None:
-                raise StackError(f"There is no merchant {merchant_id}.")
-    finally:
-        await engine.dispose()
+    await registered_as(control_url, merchant_id)
     return make_url(on_database(control_url, names(merchant_id)[1]))
 
 
@@ -48,10 +42,10 @@ async def backup(control_url: str, merchant_id: str, file: Path) -> None:
     try:
         # A lock that a migration holds must not make the dump, and all who queue behind it, wait for long.
         run_program("pg_dump", ["--format=custom", "--lock-wait-timeout=30s", f"--file={made}"], url)
+        made.replace(file)
     except BaseException:
         made.unlink(missing_ok=True)
         raise
-    made.replace(file)
 
 
 def run_program(name: str, arguments: Sequence[str], url: URL) -> None:

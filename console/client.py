@@ -12,6 +12,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
+from console.processes import StackError
 from schemas.canonical import compact_json
 from schemas.events import command_headers
 from schemas.payloads import COMMANDS
@@ -33,8 +34,8 @@ _KEYS = (
 Result = dict[str, Any]
 
 
-class NoResultError(Exception):
-    """A command got no result in time: probably no worker runs."""
+class NoResultError(StackError):
+    """A command got no result in time: no worker runs, or it waits for another command."""
 
 
 class Client:
@@ -56,13 +57,20 @@ class Client:
         self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest", **security)
 
     async def __aenter__(self) -> "Client":
-        await self._producer.start()
-        await self._consumer.start()
+        try:
+            await self._producer.start()
+            await self._consumer.start()
+        except BaseException:
+            await self._stop()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._stop()
+
+    async def _stop(self) -> None:
         await self._consumer.stop()
         await self._producer.stop()
 
@@ -77,14 +85,22 @@ class Client:
             await self._consumer.seek_to_end(*added)
 
     async def send(self, merchant: str | None, command_type: str, payload: Mapping[str, Any]) -> str:
-        """Send a command, not waiting for anything; returns its id. What is sent for one key keeps its order."""
+        """Send a command, not waiting for anything; returns its id. What is sent for one key keeps its order.
+
+        Raises:
+            StackError: the payload has what JSON on the wire can't have.
+        """
+        try:
+            value = compact_json(payload)
+        except (TypeError, ValueError) as error:
+            raise StackError(f"This can't be sent: {error}.") from error
         message_id = str(uuid.uuid4())
         channel = COMMANDS[command_type].channel
         topic = CONTROL if channel == CONTROL_CHANNEL else input_topic(merchant or "", channel)
         key = next((str(payload[name]) for name in _KEYS if name in payload), command_type)
         at = datetime.now(UTC)
         headers = command_headers(command_type, message_id, self.source, at)
-        future = await self._producer.send(topic, compact_json(payload), key=key.encode(), headers=headers)
+        future = await self._producer.send(topic, value, key=key.encode(), headers=headers)
         self._unconfirmed.append(future)
         self.sent[message_id] = merchant, command_type
         return message_id

@@ -6,6 +6,7 @@ with its own key, headers and value, under another `ce_id`: under its own the st
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka import TopicPartition as TP
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-import merchants.registry
 from catalog.sql import fetch
+from console.merchants import registered_as
 from console.processes import StackError
-from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, create_unpooled_engine, engine_url
+from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_url
 from workers.publisher import OutMessage, Publisher
 from workers.settings import WorkerSettings
 
@@ -164,10 +165,11 @@ async def _find(settings: WorkerSettings, merchant_id: str, place: str) -> Lette
 
 
 def _parse(place: str) -> tuple[str, int, int]:
-    topic, *numbers = place.split("/")
-    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+    # No longer than the columns' integers.
+    parts = re.fullmatch(r"([^/]+)/([0-9]{1,9})/([0-9]{1,18})", place)
+    if parts is None:
         raise StackError(f"{place} is not topic/partition/offset.")
-    return topic, int(numbers[0]), int(numbers[1])
+    return parts[1], int(parts[2]), int(parts[3])
 
 
 async def _read(settings: WorkerSettings, letter: Letter) -> ConsumerRecord[bytes | None, bytes | None]:
@@ -194,14 +196,7 @@ async def _read(settings: WorkerSettings, letter: Letter) -> ConsumerRecord[byte
 
 @asynccontextmanager
 async def _database(settings: WorkerSettings, merchant_id: str) -> AsyncIterator[AsyncEngine]:
-    control = create_unpooled_engine(engine_url(settings.control_database_url), CONTROL_SETTINGS)
-    try:
-        async with control.connect() as connection:
-            merchant = await merchants.registry.find(connection, merchant_id)
-    finally:
-        await control.dispose()
-    if merchant is None:
-        raise StackError(f"There is no merchant {merchant_id}.")
+    merchant = await registered_as(settings.control_database_url, merchant_id)
     url = engine_url(merchant.database_url, password=merchant.password)
     engine = create_unpooled_engine(url, WRITER_SETTINGS)
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Coroutine
@@ -12,53 +13,84 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 if TYPE_CHECKING:
     from console.client import Result
     from workers.settings import WorkerSettings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Credit management service.", rich_markup_mode=None)
 ROOT = Path(os.environ.get("CREDITS_ROOT") or Path(__file__).resolve().parent.parent)
 console = Console()
 
 
+class Commands(typer.core.TyperGroup):
+    """The commands; what keeps one from its work is a line on stderr, a defect of ours a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # Typer's own context
+        # What libraries log of a failure is in its error, too; a worker sets up logs of its own.
+        logging.getLogger().addHandler(logging.NullHandler())
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from console.errors import explain
+
+            said = explain(error)
+            if said is None:
+                raise
+            _fail(said)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Credit management service.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
 def control_url() -> str:
     """Return where the control database is: as told by the environment, else of the running local stack."""
+    from console.checks import check_url
     from console.local import stack_environment
 
     url = os.environ.get("CREDITS_CONTROL_DATABASE_URL") or stack_environment(ROOT).get("CREDITS_CONTROL_DATABASE_URL")
     if not url:
-        console.print("CREDITS_CONTROL_DATABASE_URL is not set and no local stack runs here (make up)", style="red")
-        raise typer.Exit(2)
-    return url
+        _fail("CREDITS_CONTROL_DATABASE_URL is not set and no local stack runs here (make up)", exit_code=2)
+    return check_url(url)
 
 
 def settings() -> "WorkerSettings":
     """Return how to reach the services: as told by the environment, else of the running local stack."""
+    from console.checks import check
     from console.local import stack_environment
     from workers.settings import SettingsError, WorkerSettings
 
     try:
-        return WorkerSettings.from_env({**stack_environment(ROOT), **os.environ})
+        read = WorkerSettings.from_env({**stack_environment(ROOT), **os.environ})
     except SettingsError as error:
-        console.print(f"{error}, and no local stack runs here (make up)", style="red")
-        raise typer.Exit(2) from None
+        _fail(f"{error}, and no local stack runs here (make up)", exit_code=2)
+    return check(read)
 
 
 @app.command()
 def worker() -> None:
     """Run a worker in the foreground until SIGTERM."""
+    from console.checks import check_worker
     from workers.app import run_worker
     from workers.logs import configure_logging
     from workers.service import Service
     from workers.settings import SettingsError, WorkerSettings
+    from workers.web import WebSettings
 
     try:
-        settings = WorkerSettings.from_env()
+        settings = check_worker(WorkerSettings.from_env())
+        # The web server reads them again, when it is too late for a plain word.
+        WebSettings.from_env()
     except SettingsError as error:
-        console.print(str(error), style="red")
-        raise typer.Exit(2) from None
+        _fail(str(error), exit_code=2)
     configure_logging(settings.log_level)
     run_worker(Service(settings).app)
 
@@ -89,17 +121,13 @@ def status(
 @app.command("backup")
 def back_up(
     merchant: Annotated[str, typer.Argument(help="The merchant's id, or `control` for the control database.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; <merchant>-<time>.dump.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write; <merchant>-<time>.dump.", dir_okay=False)] = None,
 ) -> None:
     """Write a consistent dump of a merchant's database, while workers go on."""
     from console.backup import backup
-    from console.processes import StackError
 
     file = out or Path(f"{merchant}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.dump")
-    try:
-        asyncio.run(backup(control_url(), merchant, file))
-    except StackError as error:
-        _fail(error)
+    asyncio.run(backup(control_url(), merchant, file))
     console.print(f"{file}: {file.stat().st_size:,} bytes", highlight=False, soft_wrap=True)
 
 
@@ -112,29 +140,25 @@ def restore(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from console import restore as restoring
-    from console.processes import StackError
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    try:
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("")
-            done = asyncio.run(
-                restoring.restore(
-                    settings(),
-                    merchant,
-                    dump,
-                    lambda what, at, total: bar.update(task, description=what, completed=at, total=total),
-                )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("")
+        done = asyncio.run(
+            restoring.restore(
+                settings(),
+                merchant,
+                dump,
+                lambda what, at, total: bar.update(task, description=what, completed=at, total=total),
             )
-    except StackError as error:
-        _fail(error)
+        )
     for line in restoring.lines(done):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _fail(error: Exception) -> NoReturn:
-    console.print(str(error), style="red", highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(1)
+def _fail(message: str, exit_code: int = 1) -> NoReturn:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(exit_code) from None
 
 
 tokens_app = typer.Typer(no_args_is_help=True, help="Bearer tokens of services and people.")
@@ -154,7 +178,7 @@ def create_token(
     try:
         text = asyncio.run(create(control_url(), role, merchant, subject, note))
     except ValueError as error:
-        _fail(error)
+        _fail(str(error))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -172,7 +196,7 @@ def revoke_token(token_id: Annotated[str, typer.Argument(help="As `list` shows i
     from console.tokens import revoke
 
     if not asyncio.run(revoke(control_url(), token_id)):
-        _fail(ValueError(f"there is no token {token_id} in force"))
+        _fail(f"there is no token {token_id} in force")
 
 
 letters_app = typer.Typer(no_args_is_help=True, help="Messages that could not be read or decided.")
@@ -190,12 +214,8 @@ def list_dead_letters(
     from rich.table import Table
 
     from console.deadletters import list_letters
-    from console.processes import StackError
 
-    try:
-        letters = asyncio.run(list_letters(settings(), merchant, everything=everything))
-    except StackError as error:
-        _fail(error)
+    letters = asyncio.run(list_letters(settings(), merchant, everything=everything))
     table = Table("place", "code", "noted", "settled", "message", box=None, header_style="bold")
     for letter in letters:
         noted, redriven = (f"{at:%Y-%m-%d %H:%M:%S}" if at else "" for at in (letter.noted_at, letter.redriven_at))
@@ -207,12 +227,8 @@ def list_dead_letters(
 def show_dead_letter(merchant: _Merchant, place: _Place) -> None:
     """Show a dead letter and the headers of its message; never the value, it may hold anything."""
     from console.deadletters import show
-    from console.processes import StackError
 
-    try:
-        letter, shown = asyncio.run(show(settings(), merchant, place))
-    except StackError as error:
-        _fail(error)
+    letter, shown = asyncio.run(show(settings(), merchant, place))
     pointer = {"place": letter.place, "code": letter.code, "message": letter.message, "sha256": letter.sha256.hex()}
     console.print_json(json.dumps(pointer | shown))
 
@@ -224,12 +240,8 @@ def redrive_dead_letters(
 ) -> None:
     """Send messages again, each to its own topic under a new id, so that they are decided afresh."""
     from console.deadletters import redrive
-    from console.processes import StackError
 
-    try:
-        ids = asyncio.run(redrive(settings(), merchant, places))
-    except StackError as error:
-        _fail(error)
+    ids = asyncio.run(redrive(settings(), merchant, places))
     for new_id in ids:
         console.print(f"sent as {new_id}", highlight=False, markup=False, soft_wrap=True)
 
@@ -241,12 +253,8 @@ def settle_dead_letters(
 ) -> None:
     """Take dead letters and refused orders off the lists: the sender has sent a right message, or never will."""
     from console.deadletters import settle
-    from console.processes import StackError
 
-    try:
-        asyncio.run(settle(settings(), merchant, places))
-    except StackError as error:
-        _fail(error)
+    asyncio.run(settle(settings(), merchant, places))
     console.print(f"{len(places)} settled")
 
 
@@ -284,16 +292,11 @@ def verify_books(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object by merchant.")] = False,
 ) -> None:
     """Check every identity of merchants' books; the exit code is 1 if one does not hold or can't be checked."""
-    from console.verify import UnknownMerchantError, reports, show
+    from console.verify import reports, show
 
     if (merchant is None) != every:
         raise typer.BadParameter("name one merchant, or give --all")
-    progress = Console(stderr=True)
-    try:
-        found, errors = asyncio.run(reports(control_url(), merchant, progress))
-    except UnknownMerchantError:
-        progress.print(f"there is no merchant {merchant}", style="red")
-        raise typer.Exit(2) from None
+    found, errors = asyncio.run(reports(control_url(), merchant, Console(stderr=True)))
     if as_json:
         shown = {name: report.as_object() for name, report in found.items()}
         console.print_json(data=shown | {name: {"ok": False, "error": error} for name, error in errors.items()})
@@ -326,7 +329,7 @@ def create_merchant(
     """Register a merchant; done when it may be used."""
     from console.merchants import create
 
-    content = json.loads(config.read_text(encoding="utf-8"))
+    content = _parse(config.read_bytes(), str(config))
     _show_result(create(settings(), merchant, content, simulated=simulated, partitions=partitions))
 
 
@@ -350,24 +353,22 @@ def send(
     """Send a command about a merchant and show its result."""
     from console.merchants import command as call
 
+    _show_result(call(settings(), merchant, command, _parse(payload, "PAYLOAD")))
+
+
+def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     try:
-        members = json.loads(payload, parse_float=Decimal)
-        if not isinstance(members, dict):
-            raise typer.BadParameter("not a JSON object", param_hint="PAYLOAD")
-        _show_result(call(settings(), merchant, command, members))
-    except ValueError as error:
-        _fail(error)
+        members = json.loads(text if isinstance(text, str) else text.decode(), parse_float=Decimal)
+    except (ValueError, RecursionError) as error:
+        _fail(f"{where}: {error}")
+    if not isinstance(members, dict):
+        raise typer.BadParameter("not a JSON object", param_hint=where)
+    return members
 
 
 def _show_result(call: "Coroutine[Any, Any, Result]") -> None:
     """Wait for a command's result and print it; the exit code is 1 if it was refused or none came."""
-    from console.client import NoResultError
-
-    try:
-        result = asyncio.run(call)
-    except NoResultError as error:
-        console.print(str(error), style="red")
-        raise typer.Exit(1) from None
+    result = asyncio.run(call)
     console.print_json(data=result)
     raise typer.Exit(0 if result["outcome"] == "applied" else 1)
 
@@ -381,19 +382,20 @@ def export_receipts(
     merchant: Annotated[str, typer.Argument(help="The merchant's id.")],
     first: Annotated[datetime, typer.Option("--from", formats=["%Y-%m-%d"], help="The first day.")],
     last: Annotated[datetime, typer.Option("--to", formats=["%Y-%m-%d"], help="The last day, included.")],
-    out: Annotated[Path | None, typer.Option(help="The folder to write; receipts-<merchant>-<from>-<to>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write; receipts-<merchant>-<from>-<to>.", file_okay=False)
+    ] = None,
 ) -> None:
     """Write a period's documents as CSV and JSON Lines, with totals per rate; days are the merchant's."""
-    from console.receipts import UnknownMerchantError, export
+    from console.receipts import export
 
     if last < first:
         raise typer.BadParameter("the last day is before the first", param_hint="--to")
     folder = out or Path(f"receipts-{merchant}-{first:%Y-%m-%d}-{last:%Y-%m-%d}")
     try:
         summary = asyncio.run(export(control_url(), merchant, first.date(), last.date(), folder))
-    except UnknownMerchantError:
-        console.print(f"there is no merchant {merchant}", style="red")
-        raise typer.Exit(2) from None
+    except OverflowError:
+        raise typer.BadParameter("the period reaches beyond the calendar", param_hint="--from, --to") from None
     console.print(f"{summary['documents']} documents in {folder}")
     for row in summary["by_rate"]:
         line = f"{row['currency']} {row['regime']} {row['category']} {row['rate']}"

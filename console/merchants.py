@@ -6,13 +6,21 @@ from typing import Any
 from rich.table import Table
 
 from console.client import Client, Result
+from console.processes import StackError
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
-from merchants.registry import Merchant, all_merchants
+from merchants.registry import Merchant, all_merchants, find
 from schemas.payloads import COMMANDS
 from schemas.topics import CONTROL_CHANNEL
 from workers.settings import WorkerSettings
 
 ACTOR = "console"
+
+
+class UnknownMerchantError(StackError):
+    """There is no merchant of this name."""
+
+    def __init__(self, merchant_id: str) -> None:
+        super().__init__(f"There is no merchant {merchant_id}.")
 
 
 async def create(
@@ -39,16 +47,14 @@ async def command(settings: WorkerSettings, merchant_id: str, command_type: str,
     """Send a command about a merchant to its topic and wait for its result.
 
     Raises:
-        ValueError: there is no such merchant, or no such command for people to send.
+        StackError: there is no such merchant, or no such command for people to send.
     """
     spec = COMMANDS.get(command_type)
     if spec is None or spec.channel == "jobs":
-        raise ValueError(f"there is no command {command_type}")
+        raise StackError(f"There is no command {command_type}.")
     if spec.channel == CONTROL_CHANNEL:
         return await control(settings, command_type, {"merchant_id": merchant_id, **payload})
-    merchant = next((m for m in await registered(settings.control_database_url) if m.merchant_id == merchant_id), None)
-    if merchant is None:
-        raise ValueError(f"there is no merchant {merchant_id}")
+    merchant = await registered_as(settings.control_database_url, merchant_id)
     by = {"actor": ACTOR} if "actor" in spec.model.model_fields else {}
     async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
         await client.watch(merchant_id, merchant.partitions, from_start=False)
@@ -63,6 +69,19 @@ async def registered(control_url: str) -> list[Merchant]:
             return await all_merchants(connection)
     finally:
         await engine.dispose()
+
+
+async def registered_as(control_url: str, merchant_id: str) -> Merchant:
+    """Read one merchant from the registry. Raises UnknownMerchantError."""
+    engine = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
+    try:
+        async with engine.connect() as connection:
+            merchant = await find(connection, merchant_id)
+    finally:
+        await engine.dispose()
+    if merchant is None:
+        raise UnknownMerchantError(merchant_id)
+    return merchant
 
 
 def as_table(merchants: list[Merchant]) -> Table:

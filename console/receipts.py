@@ -5,25 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import merchants.store
-from merchants import registry
-from merchants.databases import CONTROL_SETTINGS, READER_SETTINGS, create_unpooled_engine, engine_url
+from console.merchants import registered_as
+from merchants.databases import READER_SETTINGS, create_unpooled_engine, engine_url
 from receipts.export import export_period
-
-
-class UnknownMerchantError(Exception):
-    """There is no merchant of this name."""
 
 
 async def export(control_url: str, merchant_id: str, first: date, last: date, folder: Path) -> dict[str, Any]:
     """Write a merchant's documents of a period into a folder (see ``receipts.export``); returns the summary."""
-    control = create_unpooled_engine(engine_url(control_url), CONTROL_SETTINGS)
-    try:
-        async with control.connect() as connection:
-            merchant = await registry.find(connection, merchant_id)
-    finally:
-        await control.dispose()
-    if merchant is None:
-        raise UnknownMerchantError(merchant_id)
+    merchant = await registered_as(control_url, merchant_id)
     url = engine_url(merchant.database_url, password=merchant.password)
     engine = create_unpooled_engine(url, READER_SETTINGS, isolation_level="REPEATABLE READ")
     try:

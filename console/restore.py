@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 import merchants.registry
 from catalog.sql import fetch
 from console.backup import run_program
+from console.merchants import UnknownMerchantError
 from console.processes import StackError
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
 from merchants.registry import WORKER_GROUP, Merchant, names, quoted
@@ -99,7 +100,7 @@ async def _suspended(control_url: str, merchant_id: str) -> tuple[Merchant, list
         async with engine.connect() as connection:
             merchant = await merchants.registry.find(connection, merchant_id)
             if merchant is None:
-                raise StackError(f"There is no merchant {merchant_id}.")
+                raise UnknownMerchantError(merchant_id)
             if merchant.state != "suspended":
                 raise StackError(
                     f"{merchant_id} is {merchant.state}. Suspend it first, so that no worker writes meanwhile: "

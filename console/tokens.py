@@ -7,11 +7,19 @@ from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 import merchants.tokens
+from console.merchants import registered_as
 from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
 
 
 async def create(control_url: str, role: str, merchant: str | None, subject: str | None, note: str | None) -> str:
-    """Make a token and return its text. Raises ValueError for a role that does not fit the rest."""
+    """Make a token and return its text.
+
+    Raises:
+        ValueError: the role does not fit the rest.
+        UnknownMerchantError: the merchant it is to be bound to is not registered.
+    """
+    if merchant is not None:
+        await registered_as(control_url, merchant)
     async with _control(control_url) as connection:
         return await merchants.tokens.create(connection, role, merchant, subject, note)
 

@@ -9,15 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
-from console.merchants import registered
+from console.merchants import UnknownMerchantError, registered
 from merchants.databases import engine_url, in_a_line
 from merchants.registry import Merchant
 from workers.audit import Report, verify
-
-
-class UnknownMerchantError(Exception):
-    """There is no merchant of this name."""
-
 
 # The auditor also reads by the driver itself, whose errors then come as they are.
 _UNREADABLE = (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)

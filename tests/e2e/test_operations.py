@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from console.kafka import class_path, find_java
-from tests.e2e.blackbox import Bus, name
+from tests.e2e.blackbox import Bus, Merchant, name
 from tests.e2e.conftest import Running
 from tests.services import JARS
 
@@ -73,6 +73,34 @@ async def test_a_dead_letter_is_listed_shown_and_redriven(running: Running, bus:
     assert place not in await credits(running, "dead-letters", "list", merchant.id)
     assert place in await credits(running, "dead-letters", "list", merchant.id, "--all")
     assert "redriven already" in await credits(running, "dead-letters", "redrive", merchant.id, place, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("send {merchant} User.Erase", "Integer exceeds 64-bit range"),
+        ("send {merchant} User.Export", "There is no command User.Export."),
+        ("clock advance {merchant} 99999999999999999999", "Integer exceeds 64-bit range"),
+        ("receipts export {merchant} --from 2026-01-01 --to 9999-12-31", "reaches beyond the calendar"),
+        ("receipts export nobody --from 2026-01-01 --to 2026-01-01", "There is no merchant nobody."),
+        ("tokens create admin --merchant nobody", "There is no merchant nobody."),
+        ("verify nobody", "There is no merchant nobody."),
+        ("dead-letters list nobody", "There is no merchant nobody."),
+    ],
+)
+async def test_what_cannot_be_done_is_said_without_a_traceback(
+    running: Running, shop: Merchant, tmp_path: Path, words: str, said: str
+) -> None:
+    arguments = words.format(merchant=shop.id).split()
+    if arguments[0] == "send":
+        arguments.append('{"user_id": 99999999999999999999}')
+    if arguments[0] == "receipts":
+        arguments += ["--out", str(tmp_path)]
+
+    shown = await credits(running, *arguments, fails=True)
+
+    assert said in shown
+    assert "Traceback" not in shown
 
 
 async def test_a_database_lost_under_traffic_is_restored_and_every_command_is_applied_once(
