@@ -16,6 +16,8 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka import TopicPartition as TP
+from rich.markup import escape
+from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from catalog.sql import fetch
@@ -72,6 +74,17 @@ async def list_letters(settings: WorkerSettings, merchant_id: str, *, everything
     async with _database(settings, merchant_id) as engine, engine.connect() as connection:
         rows = await fetch(connection, f"{_SELECT} {where} ORDER BY noted_at, topic, partition, kafka_offset")
     return [Letter(*row) for row in rows]
+
+
+def as_table(letters: Sequence[Letter]) -> Table:
+    """Lay dead letters out for a terminal; a place is never cut, it is what they are named by."""
+    table = Table(box=None, header_style="bold")
+    for name in ("place", "code", "noted", "settled", "message"):
+        table.add_column(name, no_wrap=name == "place", overflow="fold")
+    for letter in letters:
+        noted, redriven = (f"{at:%Y-%m-%d %H:%M:%S}" if at else "" for at in (letter.noted_at, letter.redriven_at))
+        table.add_row(*map(escape, (letter.place, letter.code, noted, redriven, letter.message)))
+    return table
 
 
 async def show(settings: WorkerSettings, merchant_id: str, place: str) -> tuple[Letter, dict[str, Any]]:

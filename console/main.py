@@ -185,9 +185,10 @@ def create_token(
 @tokens_app.command("list")
 def list_tokens() -> None:
     """List all tokens, revoked ones too; a token's text is not kept."""
+    from console.output import print_whole
     from console.tokens import table
 
-    console.print(asyncio.run(table(control_url())))
+    print_whole(console, asyncio.run(table(control_url())))
 
 
 @tokens_app.command("revoke")
@@ -211,16 +212,11 @@ def list_dead_letters(
     everything: Annotated[bool, typer.Option("--all", help="Also those that were settled or redriven.")] = False,
 ) -> None:
     """List a merchant's dead letters."""
-    from rich.table import Table
-
-    from console.deadletters import list_letters
+    from console.deadletters import as_table, list_letters
+    from console.output import print_whole
 
     letters = asyncio.run(list_letters(settings(), merchant, everything=everything))
-    table = Table("place", "code", "noted", "settled", "message", box=None, header_style="bold")
-    for letter in letters:
-        noted, redriven = (f"{at:%Y-%m-%d %H:%M:%S}" if at else "" for at in (letter.noted_at, letter.redriven_at))
-        table.add_row(letter.place, letter.code, noted, redriven, letter.message)
-    console.print(table if letters else "no dead letters")
+    print_whole(console, as_table(letters) if letters else "no dead letters")
 
 
 @letters_app.command("show")
@@ -315,8 +311,9 @@ app.add_typer(clock_app, name="clock")
 def list_merchants() -> None:
     """List the registered merchants."""
     from console.merchants import as_table, registered
+    from console.output import print_whole
 
-    console.print(as_table(asyncio.run(registered(control_url()))))
+    print_whole(console, as_table(asyncio.run(registered(control_url()))))
 
 
 @merchants_app.command("create")

@@ -86,7 +86,9 @@ async def registered_as(control_url: str, merchant_id: str) -> Merchant:
 
 def as_table(merchants: list[Merchant]) -> Table:
     """Lay the registry out for a terminal."""
-    table = Table("merchant", "state", "partitions", "simulated", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in ("merchant", "state", "partitions", "simulated"):
+        table.add_column(name, no_wrap=name == "merchant")
     for merchant in merchants:
         simulated = "yes" if merchant.simulated else ""
         table.add_row(merchant.merchant_id, merchant.state, str(merchant.partitions), simulated)

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import Mapping
 
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from console.output import print_whole
 from merchants.databases import CONTROL_SETTINGS, READER_SETTINGS, Pools, create_unpooled_engine, engine_url
 from workers.settings import WorkerSettings
 from workers.status import Lookout, MerchantStatus, Status
@@ -27,7 +29,7 @@ async def run(settings: WorkerSettings, console: Console, *, watch: bool = False
             # Two looks, for the rate.
             before = await lookout.look()
             await asyncio.sleep(1)
-            console.print(screen(await lookout.look(), before))
+            print_whole(console, screen(await lookout.look(), before))
             return
         status = await lookout.look()
         with Live(screen(status, lines=console.height), console=console, auto_refresh=False) as live:
@@ -64,7 +66,8 @@ def screen(status: Status, before: Status | None = None, *, lines: int | None = 
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("merchant", "state", "lag", "per s", "applied", "open", "parked", "dead", "attention", "jobs", "gaps"):
-        table.add_column(name, justify="left" if name in ("merchant", "state") else "right")
+        justify: JustifyMethod = "left" if name in ("merchant", "state") else "right"
+        table.add_column(name, justify=justify, no_wrap=name == "merchant", overflow="fold")
     shown = status.merchants
     if lines is not None and len(shown) > lines - LINES_AROUND:
         shown = sorted(shown, key=_urgent_first)[: max(lines - LINES_AROUND, 1)]
@@ -83,7 +86,7 @@ def _urgent_first(merchant: MerchantStatus) -> tuple[bool, bool, int]:
 def _cells(merchant: MerchantStatus, rate: float | None) -> list[str]:
     name = merchant.merchant_id + (" (simulated)" if merchant.simulated else "")
     if merchant.error is not None:
-        return [name, f"[red]{merchant.error}[/red]"]
+        return [name, f"[red]{escape(merchant.error)}[/red]"]
     gauges = {gauge: int(value) for gauge, value in merchant.gauges.items()}
     state = merchant.state if merchant.state == "active" else f"[yellow]{merchant.state}[/yellow]"
     if not gauges:

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from rich.markup import escape
 from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -32,13 +33,14 @@ async def revoke(control_url: str, token_id: str) -> bool:
 
 async def table(control_url: str) -> Table:
     """Show all tokens."""
-    made = Table("id", "role", "merchant", "subject", "made", "revoked", "note", box=None, header_style="bold")
+    made = Table(box=None, header_style="bold")
+    for name in ("id", "role", "merchant", "subject", "made", "revoked", "note"):
+        made.add_column(name, no_wrap=name in ("id", "merchant"), overflow="fold")
     async with _control(control_url) as connection:
         for token in await merchants.tokens.list_all(connection):
             times = (f"{at:%Y-%m-%d %H:%M}" if at else "" for at in (token.created_at, token.revoked_at))
-            made.add_row(
-                token.token_id, token.role, token.merchant_id or "all", token.subject or "", *times, token.note or ""
-            )
+            names = token.token_id, token.role, token.merchant_id or "all", token.subject or ""
+            made.add_row(*map(escape, (*names, *times, token.note or "")))
     return made
 
 

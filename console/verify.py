@@ -10,6 +10,7 @@ from rich.table import Table
 from sqlalchemy.exc import SQLAlchemyError
 
 from console.merchants import UnknownMerchantError, registered
+from console.output import print_whole
 from merchants.databases import engine_url, in_a_line
 from merchants.registry import Merchant
 from workers.audit import Report, verify
@@ -54,7 +55,7 @@ def as_table(found: Mapping[str, Report]) -> Table:
     """Lay out what was checked: a row an identity, a column a merchant."""
     table = Table("identity", box=None, header_style="bold")
     for merchant_id in found:
-        table.add_column(merchant_id, justify="right")
+        table.add_column(merchant_id, justify="right", no_wrap=True)
     for findings in zip(*(report.findings for report in found.values()), strict=True):
         cells = [
             f"[red]{finding.violations:,} broken[/red]"
@@ -78,9 +79,9 @@ def show(found: Mapping[str, Report], console: Console, errors: Mapping[str, str
 
 
 def _show_reports(found: Mapping[str, Report], console: Console) -> None:
-    console.print(as_table(found))
+    print_whole(console, as_table(found))
     for line in breaks(found):
-        console.print(line, style="red", markup=False, highlight=False)
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     entries = sum(report.entries for report in found.values())
     seconds = sum(report.seconds for report in found.values())
     verdict = "every identity holds" if all(report.ok for report in found.values()) else "THE BOOKS ARE BROKEN"

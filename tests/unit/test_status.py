@@ -1,7 +1,13 @@
-"""What `credits status` shows of many merchants on a small screen."""
+"""What is shown of many merchants on a small screen, and of long names on a narrow one."""
 
-from rich.console import Console
+from datetime import UTC, datetime
+from io import StringIO
 
+import pytest
+from rich.console import Console, RenderableType
+
+from console.deadletters import Letter, as_table
+from console.output import print_whole
 from console.status import screen
 from workers.status import MerchantStatus, Status
 
@@ -40,3 +46,36 @@ def test_a_screen_that_is_large_enough_keeps_the_order_of_names() -> None:
     lines = shown(MerchantStatus("m090", "active", False, lag=5, gauges=CALM), lines=103)
 
     assert [line.split()[0] for line in lines[2:]] == [merchant.merchant_id for merchant in MERCHANTS]
+
+
+ID = "a-merchant-with-quite-a-long-id-0123456789abcdef"
+PLACE = f"credits.{ID}.administration/3/1234567890123"
+LETTER = Letter(
+    f"credits.{ID}.administration", 3, 1234567890123, b"", "malformed", "no [/] " * 30, datetime.now(UTC), None
+)
+
+
+def printed(shown: RenderableType, **terminal: object) -> str:
+    file = StringIO()
+    print_whole(Console(file=file, **terminal), shown)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [20, 80, 200])
+def test_a_place_and_the_id_of_a_merchant_can_be_copied_from_any_terminal(width: int) -> None:
+    status = Status(0.0, ["worker"], 0, [MerchantStatus(ID, "active", False, lag=123456, gauges=CALM)])
+
+    assert PLACE in printed(as_table([LETTER]), force_terminal=True, width=width)
+    assert ID in printed(screen(status), force_terminal=True, width=width)
+
+
+def test_into_a_pipe_goes_one_whole_line_a_row() -> None:
+    _, line = printed(as_table([LETTER])).splitlines()
+
+    assert line.split() == [PLACE, "malformed", *f"{LETTER.noted_at:%Y-%m-%d %H:%M:%S}".split(), *["no", "[/]"] * 30]
+
+
+def test_a_message_that_looks_like_markup_is_shown_as_it_is() -> None:
+    lost = MerchantStatus(ID, "active", False, error="no [/] database")
+
+    assert "no [/] database" in printed(screen(Status(0.0, [], 0, [lost])))
