@@ -19,6 +19,7 @@ from schemas.payloads import COMMANDS
 from schemas.topics import CONTROL, CONTROL_CHANNEL, input_topic, results_topic
 
 RESULT_SECONDS_MAX = 60.0
+NAMED_MAX = 10
 # What names the record: the user where the command has one, else its business key or code.
 _KEYS = (
     "user_id",
@@ -125,7 +126,10 @@ class Client:
         until = time.monotonic() + seconds
         while missing:
             if time.monotonic() > until:
-                raise NoResultError(f"{len(missing)} commands got no result within {seconds:.0f} s: does a worker run?")
+                named = [f"{self.source} {message_id}" for message_id in wanted if message_id in missing]
+                left_out = f" and {len(named) - NAMED_MAX:,} more" if len(named) > NAMED_MAX else ""
+                commands = ", ".join(named[:NAMED_MAX]) + left_out
+                raise NoResultError(f"No result within {seconds:.0f} s of {commands}: does a worker run?")
             await self.receive()
             missing -= self.results.keys()
         return [self.results[message_id][0] for message_id in wanted]

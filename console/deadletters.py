@@ -21,9 +21,10 @@ from rich.table import Table
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from catalog.sql import fetch
+from console.backup import CONTROL
 from console.merchants import registered_as
 from console.processes import StackError
-from merchants.databases import WRITER_SETTINGS, create_unpooled_engine, engine_url
+from merchants.databases import CONTROL_SETTINGS, WRITER_SETTINGS, create_unpooled_engine, engine_url
 from workers.publisher import OutMessage, Publisher
 from workers.settings import WorkerSettings
 
@@ -209,9 +210,13 @@ async def _read(settings: WorkerSettings, letter: Letter) -> ConsumerRecord[byte
 
 @asynccontextmanager
 async def _database(settings: WorkerSettings, merchant_id: str) -> AsyncIterator[AsyncEngine]:
-    merchant = await registered_as(settings.control_database_url, merchant_id)
-    url = engine_url(merchant.database_url, password=merchant.password)
-    engine = create_unpooled_engine(url, WRITER_SETTINGS)
+    if merchant_id == CONTROL:
+        # What came in on the topic of no merchant.
+        engine = create_unpooled_engine(engine_url(settings.control_database_url), CONTROL_SETTINGS)
+    else:
+        merchant = await registered_as(settings.control_database_url, merchant_id)
+        url = engine_url(merchant.database_url, password=merchant.password)
+        engine = create_unpooled_engine(url, WRITER_SETTINGS)
     try:
         yield engine
     finally:

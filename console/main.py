@@ -203,7 +203,7 @@ def revoke_token(token_id: Annotated[str, typer.Argument(help="As `list` shows i
 letters_app = typer.Typer(no_args_is_help=True, help="Messages that could not be read or decided.")
 app.add_typer(letters_app, name="dead-letters")
 _Place = Annotated[str, typer.Argument(help="topic/partition/offset, as `list` shows it.")]
-_Merchant = Annotated[str, typer.Argument(help="The merchant's id.")]
+_Merchant = Annotated[str, typer.Argument(help="The merchant's id, or `control` for the control topic's.")]
 
 
 @letters_app.command("list")
@@ -211,7 +211,7 @@ def list_dead_letters(
     merchant: _Merchant,
     everything: Annotated[bool, typer.Option("--all", help="Also those that were settled or redriven.")] = False,
 ) -> None:
-    """List a merchant's dead letters."""
+    """List the dead letters of a merchant, or of the control topic."""
     from console.deadletters import as_table, list_letters
     from console.output import print_whole
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
-from console.client import Client, Result
+from catalog.sql import fetch
+from console.client import RESULT_SECONDS_MAX, Client, NoResultError, Result
 from console.processes import StackError
-from merchants.databases import CONTROL_SETTINGS, create_unpooled_engine, engine_url
+from merchants.databases import CONTROL_SETTINGS, READER_SETTINGS, create_unpooled_engine, engine_url
 from merchants.registry import Merchant, all_merchants, find
 from schemas.payloads import COMMANDS
 from schemas.topics import CONTROL_CHANNEL
@@ -43,11 +44,18 @@ async def control(settings: WorkerSettings, command_type: str, payload: Mapping[
         return await client.call(None, command_type, {"actor": ACTOR, **payload})
 
 
-async def command(settings: WorkerSettings, merchant_id: str, command_type: str, payload: Mapping[str, Any]) -> Result:
+async def command(
+    settings: WorkerSettings,
+    merchant_id: str,
+    command_type: str,
+    payload: Mapping[str, Any],
+    seconds: float = RESULT_SECONDS_MAX,
+) -> Result:
     """Send a command about a merchant to its topic and wait for its result.
 
     Raises:
-        StackError: there is no such merchant, or no such command for people to send.
+        StackError: there is no such merchant, or no such command for people to send, or its result did not come; the
+            message says what the command waits for, if that is another one.
     """
     spec = COMMANDS.get(command_type)
     if spec is None or spec.channel == "jobs":
@@ -58,7 +66,28 @@ async def command(settings: WorkerSettings, merchant_id: str, command_type: str,
     by = {"actor": ACTOR} if "actor" in spec.model.model_fields else {}
     async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
         await client.watch(merchant_id, merchant.partitions, from_start=False)
-        return await client.call(merchant_id, command_type, {**by, **payload})
+        message_id = await client.send(merchant_id, command_type, {**by, **payload})
+        await client.flush()
+        try:
+            return (await client.wait([message_id], seconds))[0]
+        except NoResultError:
+            waits = await _waits_for(merchant, client.source, message_id)
+            if waits is None:
+                raise
+        raise NoResultError(f"No result within {seconds:.0f} s of {client.source} {message_id}: it waits for {waits}.")
+
+
+async def _waits_for(merchant: Merchant, source: str, message_id: str) -> str | None:
+    """Say for what a command is parked and until when; None if it is not."""
+    url = engine_url(merchant.database_url, password=merchant.password)
+    engine = create_unpooled_engine(url, READER_SETTINGS)
+    try:
+        async with engine.connect() as connection:
+            sql = "SELECT dependency_kind, dependency_key, due_at FROM parked WHERE source = $1 AND id = $2"
+            rows = await fetch(connection, sql, source, message_id)
+    finally:
+        await engine.dispose()
+    return f"{rows[0][0]} {rows[0][1]} until {rows[0][2]:%Y-%m-%d %H:%M:%S} UTC" if rows else None
 
 
 async def registered(control_url: str) -> list[Merchant]:

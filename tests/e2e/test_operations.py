@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from console.client import Client, NoResultError
 from console.kafka import class_path, find_java
-from tests.e2e.blackbox import Bus, Merchant, name
+from console.merchants import command
+from tests.e2e.blackbox import CONTROL, CONTROL_RESULTS, Bus, Merchant, completed, name
 from tests.e2e.conftest import Running
 from tests.services import JARS
+from workers.settings import WorkerSettings
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -73,6 +76,42 @@ async def test_a_dead_letter_is_listed_shown_and_redriven(running: Running, bus:
     assert place not in await credits(running, "dead-letters", "list", merchant.id)
     assert place in await credits(running, "dead-letters", "list", merchant.id, "--all")
     assert "redriven already" in await credits(running, "dead-letters", "redrive", merchant.id, place, fails=True)
+
+
+async def test_a_dead_letter_of_the_control_topic_is_listed_shown_redriven_and_settled(
+    running: Running, bus: Bus
+) -> None:
+    sent = await bus.send(CONTROL, "Merchant.Suspend", b"{", key="acme")
+    await bus.results(sent)
+    place = f"{sent.topic}/{sent.partition}/{sent.offset}"
+
+    assert place in await credits(running, "dead-letters", "list", "control")
+    shown = json.loads(await credits(running, "dead-letters", "show", "control", place))
+    assert shown["headers"]["ce_id"] == sent.id
+    again = f"{sent.id}#redriven-{sent.partition}-{sent.offset}"
+    assert again in await credits(running, "dead-letters", "redrive", "control", place)
+    results = bus.topics[CONTROL_RESULTS]
+    await bus.until("the second refusal", lambda: [r for r in results if r.body["command_id"] == again])
+    (left,) = re.findall(rf"{CONTROL}/0/[0-9]+", await credits(running, "dead-letters", "list", "control"))
+    assert left != place
+    await credits(running, "dead-letters", "settle", "control", left)
+    assert "no dead letters" in await credits(running, "dead-letters", "list", "control")
+
+
+async def test_a_command_that_waits_for_another_is_told_from_one_that_no_worker_takes(
+    running: Running, bus: Bus
+) -> None:
+    merchant = await bus.register()
+    members = {"refund_id": name("r"), "external_ref": "pay-later", "amount": "1.00", "currency": "USD"}
+    payload = completed("Refund.Apply", members)
+    settings = WorkerSettings.from_env(running.environment)
+
+    with pytest.raises(NoResultError, match=r"urn:credits:console \S+: it waits for purchase pay-later until 20"):
+        await command(settings, merchant.id, "Refund.Apply", payload, seconds=3)
+    async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
+        await client.watch(merchant.id, 1, from_start=False)
+        with pytest.raises(NoResultError, match=r"^No result within 0 s of urn:credits:console an-id: does a worker"):
+            await client.wait(["an-id"], seconds=0)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ async def test_messages_that_could_not_be_decided_are_redriven_or_settled(
     listed = await script.run("credits dead-letters list acme")
     assert all(place in listed for place in places)
     assert json.loads(await script.run("credits dead-letters show acme"))["code"] == "sensitive_data"
+    await script.run("credits dead-letters list control")
     await script.run("credits send acme Merchant.Configure")
     assert f"{looks_like_a_card.id}#redriven" in await script.run("credits dead-letters redrive acme")
     await script.run("credits dead-letters settle acme")
