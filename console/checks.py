@@ -48,6 +48,8 @@ def _check_security(settings: WorkerSettings) -> None:
             raise SettingsError(f"KAFKA_SASL_MECHANISM is none of {', '.join(_MECHANISMS)}")
         if not (settings.sasl_username and settings.sasl_password):
             raise SettingsError("KAFKA_SECURITY_PROTOCOL needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD")
+    if not settings.security_protocol.endswith("SSL"):
+        return
     files = {
         "KAFKA_SSL_CAFILE": settings.ssl_cafile,
         "KAFKA_SSL_CERTFILE": settings.ssl_certfile,
@@ -69,7 +71,7 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
     """Return settings that a worker can be started with. Raises SettingsError."""
     if settings.log_level.upper() not in logging.getLevelNamesMapping():
         raise SettingsError(f"CREDITS_LOG_LEVEL is not a level, such as INFO: {settings.log_level!r}")
-    if settings.web_port >= 1 << 16:
+    if not 0 < settings.web_port < 1 << 16:
         raise SettingsError(f"CREDITS_WEB_PORT is not a port: {settings.web_port}")
     bind, port = settings.web_bind, settings.web_port
     try:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import structlog
 
-_LIBRARIES = ("aiokafka", "faust", "mode")
+_LIBRARIES = ("aiokafka", "alembic", "faust", "mode")
 
 
 class RateLimit(logging.Filter):

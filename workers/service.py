@@ -3,12 +3,15 @@
 import asyncio
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
 
 import structlog
 from aiohttp import web
+from aiokafka.errors import KafkaError
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 import merchants.registry
@@ -20,6 +23,7 @@ from merchants.databases import (
     Pools,
     create_engine,
     engine_url,
+    in_a_line,
 )
 from merchants.registry import Merchant
 from schemas.topics import (
@@ -31,12 +35,12 @@ from schemas.topics import (
     input_topic,
     receipts_topic,
 )
-from workers.admin import TopicSpec, ensure_topics
+from workers.admin import TopicMismatchError, TopicSpec, ensure_topics
 from workers.app import App, create_app
 from workers.checkpoints import Checkpointer
 from workers.control import Control
 from workers.lanes import Lease, Outcome, Record
-from workers.logs import die_with
+from workers.logs import die, die_with
 from workers.metrics import Metrics, Sampler
 from workers.pipeline import Pipeline
 from workers.publisher import Publisher
@@ -65,6 +69,15 @@ CONTROL_TOPICS = {
     name: TopicSpec(1, {"retention.ms": THIRTY_DAYS_MS, "message.timestamp.type": "LogAppendTime"})
     for name in (CONTROL, CONTROL_RESULTS)
 }
+
+
+@contextmanager
+def _needed(variable: str) -> Iterator[None]:
+    """End the process if what a variable names can't be used at the start: in a line, a traceback tells no more."""
+    try:
+        yield
+    except (SQLAlchemyError, KafkaError, OSError, merchants.schema.UnknownSchemaError, TopicMismatchError) as error:
+        die(f"what {variable} names can't be used", reason=in_a_line(error))
 
 
 class Service:
@@ -150,9 +163,11 @@ class Service:
         # A batch makes a hundred thousand objects and no cycles; the default thresholds cost a third of the time.
         gc.freeze()
         gc.set_threshold(200_000, 20, 100)
-        await merchants.schema.check(self.settings.control_database_url)
-        await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
-        await self.publisher.start()
+        with _needed("CREDITS_CONTROL_DATABASE_URL"):
+            await merchants.schema.check(self.settings.control_database_url)
+        with _needed("KAFKA_BOOTSTRAP_SERVERS"):
+            await ensure_topics(self.settings.kafka_bootstrap_servers, CONTROL_TOPICS, self.settings.security_kwargs())
+            await self.publisher.start()
         self._tasks = [
             asyncio.create_task(self.scheduler.run(self._sleep), name="scheduler"),
             asyncio.create_task(self._close_idle_pools(), name="idle pools"),

@@ -1,6 +1,11 @@
 """The command line says in a line what keeps it from its work, and never shows a password."""
 
 import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +13,10 @@ from aiokafka.errors import KafkaConnectionError
 from sqlalchemy.exc import ArgumentError
 from typer.testing import CliRunner
 
+from console import main
 from console.errors import explain
 from console.main import app
+from console.processes import free_port
 
 PERIOD = ("--from", "2026-01-01", "--to", "2026-01-31")
 
@@ -107,6 +114,64 @@ def test_errors_without_words_of_their_own_are_said_all_the_same() -> None:
     assert explain(TimeoutError()) == "PostgreSQL or Kafka did not answer in time."
     assert explain(KafkaConnectionError()) == "Kafka: KafkaConnectionError"
     assert explain(asyncio.InvalidStateError()) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "trouble"),
+    [
+        ("CREDITS_LOG_LEVEL", "loud", "is not a level"),
+        ("KAFKA_SECURITY_PROTOCOL", "TLS", "is none of PLAINTEXT, SSL"),
+        ("KAFKA_SECURITY_PROTOCOL", "SASL_PLAINTEXT", "needs KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD"),
+        ("KAFKA_SSL_CAFILE", "missing.pem", "can't be read"),
+        ("KAFKA_SSL_KEYFILE", ".", "can't be read"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "kafka:9092,kafka:port", "has 'kafka:port', which is not like host:9092"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "kafka:9092,", "has '', which is not like host:9092"),
+        ("CREDITS_CONTROL_DATABASE_URL", "secret", "is not like postgresql://"),
+        ("CREDITS_JWKS", "keys.json", "needs CREDITS_JWT_ISSUER"),
+        ("CREDITS_WEB_RATE", "abc", "is not a whole number"),
+        ("CREDITS_WEB_PORT", "65536", "is not a port"),
+        ("CREDITS_WEB_PORT", "0", "is not a port"),
+        ("CREDITS_WEB_BIND", "no host", "can't be used"),
+    ],
+)
+def test_a_worker_that_cannot_start_names_the_variable(
+    variable: str, value: str, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CREDITS_WEB_PORT", str(free_port()))
+    if variable.startswith("KAFKA_SSL"):
+        monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SSL")
+    monkeypatch.setenv(variable, value)
+
+    (line,) = said("worker", exit_code=2).splitlines()
+
+    assert line.startswith(variable)
+    assert trouble in line
+
+
+def test_a_certificate_that_is_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ca.pem").write_text("none")
+    monkeypatch.setenv("KAFKA_SECURITY_PROTOCOL", "SSL")
+    monkeypatch.setenv("KAFKA_SSL_CAFILE", "ca.pem")
+
+    assert "KAFKA_SSL_CAFILE" in said("status")
+
+
+def test_a_worker_does_not_start_on_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("CREDITS_WEB_PORT", str(taken.getsockname()[1]))
+        (line,) = said("worker", exit_code=2).splitlines()
+
+    assert line.startswith("CREDITS_WEB_BIND and CREDITS_WEB_PORT, 127.0.0.1 and ")
+
+
+def test_a_worker_whose_database_is_away_at_the_start_says_so_in_a_line() -> None:
+    command = [sys.executable, "-m", "console.main", "worker"]
+    environment = os.environ | {"CREDITS_WEB_PORT": str(free_port()), "PYTHONPATH": str(Path(main.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert json.loads(line)["event"] == "what CREDITS_CONTROL_DATABASE_URL names can't be used"
 
 
 def test_a_defect_of_the_command_line_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
