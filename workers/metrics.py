@@ -124,6 +124,7 @@ class Metrics(Collector):
         self.touched: dict[str, deque[int]] = {}
         self.samples: dict[str, Sample] = {}
         self.checkpointed_at: dict[str, float] = {}
+        self.suspended: dict[str, bool] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -259,6 +260,10 @@ class Metrics(Collector):
     def _worker(self) -> Iterator[Metric]:
         state = self._state()
         yield GaugeMetricFamily("credits_worker_ready", "1 with an assignment", float(state.ready))
+        suspended = GaugeMetricFamily("credits_merchant_suspended", "1 while it is suspended", labels=("merchant",))
+        for merchant, is_suspended in list(self.suspended.items()):
+            suspended.add_metric((merchant,), float(is_suspended))
+        yield suspended
         lag = GaugeMetricFamily(
             "credits_consumer_lag", "Records not committed yet", labels=("merchant", "topic", "partition")
         )

@@ -205,7 +205,9 @@ class Service:
             self.pipeline.know(merchant)
             topics[merchant.merchant_id] = [input_topic(merchant.merchant_id, channel) for channel in CHANNELS]
             state = self.app.state_of_worker
-            (state.hold if merchant.state == "suspended" else state.release)(merchant.merchant_id)
+            suspended = merchant.state == "suspended"
+            (state.hold if suspended else state.release)(merchant.merchant_id)
+            self.metrics.suspended[merchant.merchant_id] = suspended
         return topics
 
     async def _ensure_topics(self, merchant: Merchant) -> None:

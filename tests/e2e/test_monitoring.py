@@ -154,6 +154,12 @@ async def test_prometheus_answers_all_that_dashboard_and_alerts_ask(
     assert await prometheus.values(asked["Invariant violations (must be 0), A"]) == [0]
     merchants = await prometheus.get("label/merchant/values", **{"match[]": "credits_commands_total"})
     assert shop.id in merchants
+    suspended = f'credits_merchant_suspended{{merchant="{shop.id}"}}'
+    assert await prometheus.values(suspended) == [0, 0]
+    await bus.control("Merchant.Suspend", {"merchant_id": shop.id})
+    async with asyncio.timeout(SECONDS_MAX):
+        while await prometheus.values(suspended) != [1, 1]:
+            await asyncio.sleep(0.5)
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool is installed here")
@@ -166,3 +172,74 @@ def test_prometheus_own_checker_has_nothing_to_say(running: Running, tmp_path: P
         done = subprocess.run(["promtool", "check", *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "FAILED" not in done.stdout + done.stderr
+
+
+def histogram(merchant: str, fast: str, all_of_them: str) -> list[dict[str, str]]:
+    """Return series of a merchant's commands: those within a second, and all."""
+    return [
+        {"series": f'credits_end_to_end_seconds_bucket{{merchant="{merchant}", le="1.0"}}', "values": fast},
+        {"series": f'credits_end_to_end_seconds_count{{merchant="{merchant}"}}', "values": all_of_them},
+    ]
+
+
+def firing(alert: str, minute: int, *merchants: str | None) -> dict[str, Any]:
+    """Return what promtool shall find firing: for merchants, or for all together."""
+    rule = next(
+        rule
+        for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+        if rule["alert"] == alert
+    )
+    expected = []
+    for merchant in merchants:
+        texts = {
+            name: text.replace("{{ $labels.merchant }}", str(merchant)) for name, text in rule["annotations"].items()
+        }
+        labels = rule["labels"] | ({"merchant": merchant} if merchant else {})
+        expected.append({"exp_labels": labels, "exp_annotations": texts})
+    return {"eval_time": f"{minute}m", "alertname": alert, "exp_alerts": expected}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool is installed here")
+def test_suspended_merchants_and_registrations_alert_nobody(tmp_path: Path) -> None:
+    suspended = [
+        {"series": 'credits_merchant_suspended{merchant="paused", instance="a"}', "values": "1x60 0x60"},
+        {"series": 'credits_merchant_suspended{merchant="busy", instance="a"}', "values": "0x120"},
+    ]
+    for_two = [
+        {"series": f'{name}{{merchant="{merchant}"}}', "values": values}
+        for merchant in ("paused", "busy")
+        for name, values in (("credits_consumer_lag", "0+100x120"), ("credits_overdue_operations", "3x120"))
+    ]
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": suspended + for_two,
+            "alert_rule_test": [
+                firing("LagGrows", 45, "busy"),
+                firing("OperationsOverdue", 45, "busy"),
+                firing("LagGrows", 90, "busy", "paused"),
+                firing("OperationsOverdue", 90, "busy", "paused"),
+            ],
+        },
+        {
+            "interval": "1m",
+            "input_series": [
+                *suspended,
+                *histogram("busy", "0+100x120", "0+100x120"),
+                # All that waited is answered in the minutes after the merchant was resumed.
+                *histogram("paused", "0x120", "0x60 0+500x9 4500x49"),
+                *histogram("control", "0x120", "0+9x120"),
+            ],
+            "alert_rule_test": [firing("SlowCommands", minute) for minute in (30, 65, 75, 110)],
+        },
+        {
+            "interval": "1m",
+            "input_series": [*suspended, *histogram("busy", "0+90x120", "0+100x120")],
+            "alert_rule_test": [firing("SlowCommands", 90, None)],
+        },
+    ]
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(DEPLOY / "alerts.yml")], "tests": tests}))
+    done = subprocess.run(["promtool", "test", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
