@@ -173,8 +173,8 @@ async def last_checkpoint(
     """
     partition = TopicPartition(checkpoints_topic(merchant), 0)
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, enable_auto_commit=False, **(security or {}))
-    await consumer.start()
     try:
+        await consumer.start()
         if partition.topic not in await consumer.topics():
             return None
         consumer.assign([partition])
