@@ -63,9 +63,11 @@ class Connection(asyncpg.Connection):
         return found
 
 
-def engine_url(url: str, *, password: str | None = None) -> URL:
-    """Turn a plain ``postgresql://`` URL into one for SQLAlchemy over asyncpg."""
+def engine_url(url: URL | str, *, password: str | None = None) -> URL:
+    """Turn a plain ``postgresql://`` URL into one for SQLAlchemy over asyncpg, which calls ``sslmode`` ``ssl``."""
     parsed = make_url(url).set(drivername="postgresql+asyncpg")
+    if "sslmode" in parsed.query:
+        parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": parsed.query["sslmode"]})
     return parsed.set(password=password) if password is not None else parsed
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -19,6 +19,7 @@ import ledger.audit
 import receipts.audit
 from catalog.audit import Check, Finding
 from catalog.sql import fetch
+from merchants.databases import engine_url
 from schemas.envelope import UUID7
 
 AUDITOR_SETTINGS = {
@@ -147,7 +148,7 @@ async def verify(database: AsyncEngine | URL | str, progress: Progress | None = 
     """
     url = database.url if isinstance(database, AsyncEngine) else database
     engine = create_async_engine(
-        make_url(url).set(drivername="postgresql+asyncpg"),
+        engine_url(url),
         poolclass=NullPool,
         isolation_level="REPEATABLE READ",
         connect_args={"server_settings": AUDITOR_SETTINGS, "timeout": 10},

@@ -145,3 +145,22 @@ async def test_a_merchant_without_batches_costs_no_connection_of_its_own(service
 
         await shop.stock()
         assert shop.pools.has(name)
+
+
+@pytest.mark.parametrize("mode", ["disable", "prefer"])
+async def test_a_url_says_as_libpq_does_whether_to_encrypt(services: Services, mode: str) -> None:
+    url = f"{services.database_url('postgres')}?sslmode={mode}"
+    engine = create_engine(engine_url(url), WRITER_SETTINGS, pool_size=1)
+    async with engine.connect() as connection:
+        assert list(await fetch(connection, "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()")) == [(False,)]
+    await engine.dispose()
+
+
+async def test_a_server_without_encryption_is_refused_where_it_is_required(services: Services) -> None:
+    engine = create_engine(
+        engine_url(f"{services.database_url('postgres')}?sslmode=require"), WRITER_SETTINGS, pool_size=1
+    )
+    with pytest.raises(OSError, match="SSL"):
+        async with engine.connect():
+            pass
+    await engine.dispose()
