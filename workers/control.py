@@ -132,10 +132,11 @@ class Control:
         message = await self._decode(record)
         async with self.engine.begin() as connection:
             todo, desk = await self._look_up(connection, message, lease)
-            if todo.seek:
-                outcome.seek |= todo.seek
-                return
-            is_fresh = bool(todo.fresh)
+        self._known_gaps |= todo.gaps
+        if todo.seek:
+            outcome.seek |= todo.seek
+            return
+        is_fresh = bool(todo.fresh)
         if is_fresh and desk.fresh is not None:
             await self._decide(desk, *desk.fresh, is_patient=is_patient)
         if is_fresh:

@@ -259,22 +259,22 @@ class Pipeline:
             try:
                 return parts + await self._apply_or_split(desk, records, lease, condemned)
             except CutError as cut:
-                before, goes_on = await self._apply_first(desk, records[: cut.at], lease, condemned)
+                before, records = await self._apply_first(cut.at, desk, records, lease, condemned)
                 parts += before
-                if not goes_on:
+                if not records:
                     return parts
-                records = records[cut.at :]
 
     async def _apply_first(
-        self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
-    ) -> tuple[list[Applied], bool]:
-        """Apply and publish the first records of a batch; tells besides whether the others may follow."""
-        parts = await self._apply_all(desk, records, lease, condemned)
-        goes_on = bool(parts) and not parts[-1].seek and lease.alive()
-        if goes_on:
-            # What was not published under an earlier lease was looked for now.
-            lease.first -= {TP(record.topic, record.partition) for record in records}
-        return parts, goes_on
+        self, at: int, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
+    ) -> tuple[list[Applied], Sequence[Record]]:
+        """Apply and publish the records before a place in a batch; returns besides which ones are to follow."""
+        parts = await self._apply_all(desk, records[:at], lease, condemned)
+        if not parts or not lease.alive():
+            return parts, []
+        # What is read again comes with all that is behind it.
+        sought = {tp for part in parts for tp in part.seek}
+        lease.first -= {TP(record.topic, record.partition) for record in records[:at]} - sought
+        return parts, [record for record in records[at:] if TP(record.topic, record.partition) not in sought]
 
     async def _apply_or_split(
         self, desk: Desk, records: Sequence[Record], lease: Lease, condemned: frozenset[Position]
@@ -290,10 +290,8 @@ class Pipeline:
                 place = (records[0].topic, records[0].partition, records[0].offset)
                 return await self._without(place, defect, desk, records, lease, condemned)
             middle = len(records) // 2
-            before, goes_on = await self._apply_first(desk, records[:middle], lease, condemned)
-            if not goes_on:
-                return before
-            return before + await self._apply_all(desk, records[middle:], lease, condemned)
+            before, rest = await self._apply_first(middle, desk, records, lease, condemned)
+            return before + await self._apply_all(desk, rest, lease, condemned) if rest else before
         if applied is None:
             return []
         desk.publishing = asyncio.create_task(self._publish(desk, applied, lease), name="publish")
@@ -416,6 +414,7 @@ class Pipeline:
             applied.messages = messages_of(desk.merchant.merchant_id, applied)
             await point("before_commit")
         desk.context = applied.context
+        desk.known_gaps |= todo.gaps
         return applied
 
     async def _catch_up(self, desk: Desk, lease: Lease) -> Mapping[TP, int]:

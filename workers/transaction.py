@@ -4,7 +4,7 @@ Locks, always in this order: positions, accounts, parked commands, the merchant'
 What can change is read after the account locks; then the clock is read, once.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -70,6 +70,7 @@ class Plan:
 
     rows: dict[TP, Position]
     seek: dict[TP, int] = field(default_factory=dict)
+    gaps: set[tuple[TP, int, int]] = field(default_factory=set)  # why; known as soon as the batch is committed
     repeat: list[Message] = field(default_factory=list)  # decided already, published perhaps
     fresh: list[Message] = field(default_factory=list)
 
@@ -160,7 +161,7 @@ async def plan(
     claim: Claim,
     first: set[TP],
     published: Mapping[TP, int],
-    known_gaps: set[tuple[TP, int, int]],
+    known_gaps: Set[tuple[TP, int, int]],
 ) -> Plan:
     """Lock the positions and sort the messages out: done with, decided already, fresh.
 
@@ -178,7 +179,7 @@ async def plan(
             row.take_over(claim)
             gap = (tp, row.published_next, starts[tp])
             if starts[tp] > row.published_next and gap not in known_gaps and not planted("commit_early"):
-                known_gaps.add(gap)
+                result.gaps.add(gap)
                 result.seek[tp] = row.published_next
         elif row.owner != claim.worker_id and not planted("no_owner_fence"):
             raise LostOwnershipError(f"{tp.topic} {tp.partition} belongs to {row.owner}")

@@ -3,18 +3,22 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
 import pytest_asyncio
+from aiokafka import TopicPartition as TP
 
 import catalog.store
+from console.restore import _read
 from merchants.schema import migrate
 from schemas.canonical import format_time
 from tests import builders
 from tests.integration.shop import Shop, open_shop
 from tests.services import Services
 from workers import faults
+from workers.lanes import Lease, Record
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -111,3 +115,65 @@ async def test_configurations_that_undo_each_other_in_one_batch_are_all_applied_
 
     results = await shop.results()
     assert {results[command]["outcome"] for command in commands} == {"applied"}
+
+
+async def records_from(shop: Shop, offsets: dict[TP, int]) -> list[Record]:
+    """Return what lies behind the offsets, by time."""
+    async with shop.consumer() as consumer:
+        found = await _read(consumer, offsets)
+    return sorted((record for part in found.values() for record in part), key=lambda record: record.timestamp)
+
+
+async def test_what_follows_a_cut_is_applied_though_a_partition_before_it_is_read_again(shop: Shop) -> None:
+    shop.send("User.SignedUp", user_id="seen")
+    await shop.work()
+    starts = await shop.positions()
+    (users,) = {tp for tp, next_offset in starts.items() if next_offset and tp.topic.endswith(".users")}
+    # The worker before was killed when the broker had its last result.
+    sql = "UPDATE positions SET published_next = published_next - 1 WHERE topic = $1 AND partition = $2"
+    await shop.query(sql, *users)
+    await shop.end()
+    shop.begin()
+    for send in (
+        partial(shop.send, "User.SignedUp", user_id="seen"),
+        partial(
+            shop.send,
+            "Merchant.Configure",
+            config=builders.config(external_ref_patterns={"cut": "[0-9]{16}"}),
+            actor="ops",
+        ),
+    ):
+        send()
+        await shop.flush()
+        await asyncio.sleep(0.01)
+    opened = shop.send("Operation.Open", user_id="seen", operation_id="behind", operation_code="unknown")
+    await shop.flush()
+    batch = await records_from(shop, starts)
+    lease = Lease(2, "the tests", list(starts), object())
+
+    outcome = await shop.pipeline.process(shop.merchant.merchant_id, batch, lease)
+
+    assert outcome.published is None or await outcome.published
+    assert outcome.seek == {users: starts[users] - 1}
+    assert users in lease.first
+    assert opened in await shop.results()
+
+
+@pytest.mark.parametrize("fault", [None, "after_positions:raise"])
+async def test_a_gap_is_read_again_though_the_first_try_to_find_it_failed(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    await shop.work()
+    starts = await shop.positions()
+    for number in range(3):
+        shop.send("Operation.Open", user_id="gap", operation_id=f"{fault} {number}", operation_code="unknown")
+    await shop.flush()
+    missing, *batch = await records_from(shop, starts)
+    monkeypatch.setattr(faults, "_fault", faults._Fault(fault) if fault else None)
+
+    outcome = await shop.pipeline.process(
+        shop.merchant.merchant_id, batch, Lease(3, "the tests", list(starts), object())
+    )
+
+    assert outcome.published is None or await outcome.published
+    assert outcome.seek == {TP(missing.topic, missing.partition): missing.offset}
