@@ -66,6 +66,7 @@ UPDATE purchase_refusals r SET settled_at = clock_timestamp()
 FROM purchase_refusals one JOIN inbox i ON i.identity = one.command
 WHERE i.topic = $1 AND i.partition = $2 AND i.kafka_offset = $3
     AND (r.command = one.command OR r.external_ref = one.external_ref) AND r.settled_at IS NULL
+    AND r.refused_at <= one.refused_at
 """
 
 
@@ -125,11 +126,10 @@ async def settle(settings: WorkerSettings, merchant_id: str, places: Sequence[st
         StackError: a place is that of neither, or it was redriven or settled.
     """
     parsed = [_parse(place) for place in places]
+    kinds = (_SETTLE_LETTER,) if merchant_id == CONTROL else (_SETTLE_LETTER, _SETTLE_ORDER)
     async with _database(settings, merchant_id) as engine, engine.begin() as connection:
         for name, place in zip(places, parsed, strict=True):
-            settled = [
-                (await connection.exec_driver_sql(sql, place)).rowcount for sql in (_SETTLE_LETTER, _SETTLE_ORDER)
-            ]
+            settled = [(await connection.exec_driver_sql(sql, place)).rowcount for sql in kinds]
             if not any(settled):
                 raise StackError(f"{name} is no dead letter or refused order, or was settled or redriven already.")
 

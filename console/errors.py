@@ -1,6 +1,8 @@
 """What keeps a command from its work and is no defect of ours, each in a line for people."""
 
+import errno
 import re
+import socket
 
 import asyncpg
 from aiokafka.errors import KafkaError
@@ -11,7 +13,7 @@ from merchants.databases import in_a_line
 from workers.settings import SettingsError
 
 # A password must not be shown, wherever a library has an address from.
-_PASSWORD = re.compile(r"(?<=//)[^/\s]*@")
+_PASSWORD = re.compile(r"(?<=//)\S*@")
 
 
 def explain(error: BaseException) -> str | None:
@@ -37,7 +39,20 @@ def _explain(error: BaseException) -> str | None:
             return "PostgreSQL or Kafka did not answer in time."
         case OSError(filename=str() as file):
             return f"{file}: {error.strerror}"
-        case OSError() | UnicodeError():
+        case OSError() if _is_of_a_connection(error):
             return f"PostgreSQL can't be reached: {in_a_line(error)}"
+        case OSError():
+            return in_a_line(error)
+        case UnicodeError() if "idna" in str(error):
+            return "PostgreSQL can't be reached: its host is not a name of the network"
         case _:
             return None
+
+
+def _is_of_a_connection(error: OSError) -> bool:
+    # Without a number it is asyncpg's of several tries.
+    return isinstance(error, (ConnectionError, socket.gaierror)) or error.errno in (
+        None,
+        errno.ENETUNREACH,
+        errno.EHOSTUNREACH,
+    )

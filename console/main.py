@@ -55,8 +55,9 @@ def control_url() -> str:
     """Return where the control database is: as told by the environment, else of the running local stack."""
     from console.checks import check_url
     from console.local import stack_environment
+    from workers.settings import read_variable
 
-    url = os.environ.get("CREDITS_CONTROL_DATABASE_URL") or stack_environment(ROOT).get("CREDITS_CONTROL_DATABASE_URL")
+    url = read_variable({**stack_environment(ROOT), **os.environ}, "CREDITS_CONTROL_DATABASE_URL")
     if not url:
         _fail("CREDITS_CONTROL_DATABASE_URL is not set and no local stack runs here (make up)", exit_code=2)
     return check_url(url)

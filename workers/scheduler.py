@@ -125,8 +125,9 @@ class Scheduler:
             now = state.now
             search = Search(connection, merchant.merchant_id, now)
             if self._done_daily.get(merchant.merchant_id) != now.date():
-                await search.make_partitions()
                 await search.delete_old_buyers(state.config_version)
+                # Last: a new one locks its table until the end.
+                await search.make_partitions()
             async for jobs in search.pages():
                 fresh = self._not_sent(merchant.merchant_id, now, jobs)
                 await self.publisher.publish([job.message(merchant.merchant_id, now) for job in fresh])

@@ -66,7 +66,7 @@ class WorkerSettings:
             SettingsError: a variable is missing, or not a number where one is needed, or too small a one.
         """
         environ = os.environ if environ is None else environ
-        given = {name: _read(environ, variable) for name, variable in _VARIABLES.items()}
+        given = {name: read_variable(environ, variable) for name, variable in _VARIABLES.items()}
         values: dict[str, Any] = {name: _convert(name, value) for name, value in given.items() if value is not None}
         for name in ("kafka_bootstrap_servers", "control_database_url"):
             if name not in values:
@@ -129,13 +129,16 @@ _NUMBERS = {name for name, kind in WorkerSettings.__annotations__.items() if kin
 _MAY_BE_ZERO = {"linger_ms", "fetch_max_wait_ms"}
 
 
-def _read(environ: Mapping[str, str], variable: str) -> str | None:
+def read_variable(environ: Mapping[str, str], variable: str) -> str | None:
     """Return the value of a variable, or of the file its `_FILE` twin names; empty counts as absent."""
     if path := environ.get(f"{variable}_FILE"):
         try:
             return Path(path).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise SettingsError(f"{variable}_FILE can't be read: {error}") from error
+        except UnicodeDecodeError:
+            # The error would show a part of a secret.
+            raise SettingsError(f"{variable}_FILE is not a text in UTF-8") from None
     return environ.get(variable) or None
 
 

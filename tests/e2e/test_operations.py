@@ -92,10 +92,11 @@ async def test_a_dead_letter_of_the_control_topic_is_listed_shown_redriven_and_s
     assert again in await credits(running, "dead-letters", "redrive", "control", place)
     results = bus.topics[CONTROL_RESULTS]
     await bus.until("the second refusal", lambda: [r for r in results if r.body["command_id"] == again])
-    (left,) = re.findall(rf"{CONTROL}/0/[0-9]+", await credits(running, "dead-letters", "list", "control"))
+    # Other tests leave some, too; the newest is the last.
+    *_, left = re.findall(rf"{CONTROL}/0/[0-9]+", await credits(running, "dead-letters", "list", "control"))
     assert left != place
     await credits(running, "dead-letters", "settle", "control", left)
-    assert "no dead letters" in await credits(running, "dead-letters", "list", "control")
+    assert left not in await credits(running, "dead-letters", "list", "control")
 
 
 async def test_a_command_that_waits_for_another_is_told_from_one_that_no_worker_takes(

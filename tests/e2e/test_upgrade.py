@@ -4,6 +4,7 @@ one more migration a lineage, and workers of both serve the same merchants for a
 
 import asyncio
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -45,12 +46,14 @@ def next_version(folder: Path) -> dict[str, str]:
     for package in {package.partition(".")[0] for package in packages}:
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for lineage, sql in MIGRATIONS.items():
-        (newest,) = (folder / "migrations" / lineage / "versions").glob("*.py")
-        script = newest.read_text().replace("down_revision = None", f'down_revision = "{newest.stem}"')
-        newest.with_stem("0002_next").write_text(
-            script.replace(f'revision = "{newest.stem}"', 'revision = "0002_next"', 1)
+        newest = max((folder / "migrations" / lineage / "versions").glob("*.py"))
+        script = re.sub(
+            "^down_revision = .*", f'down_revision = "{newest.stem}"', newest.read_text(), flags=re.MULTILINE
         )
-        newest.with_name("0002_next.sql").write_text(sql)
+        newest.with_stem("9999_next").write_text(
+            script.replace(f'revision = "{newest.stem}"', 'revision = "9999_next"', 1)
+        )
+        newest.with_name("9999_next.sql").write_text(sql)
     return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
 
 
@@ -174,7 +177,7 @@ async def test_workers_are_replaced_by_those_of_the_next_version_while_commands_
     await judge(upgrade, new)
     assert "every identity holds" in await upgrade.credits("verify", "--all")
     told = await upgrade.credits("migrate", "--check")
-    assert "4 of 4 databases are up to date (control 0002_next, merchants 0002_next)" in told
+    assert "4 of 4 databases are up to date (control 9999_next, merchants 9999_next)" in told
 
 
 async def begin(bus: Bus, tasks: asyncio.TaskGroup) -> Traffic:

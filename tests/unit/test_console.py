@@ -1,6 +1,7 @@
 """The command line says in a line what keeps it from its work, and never shows a password."""
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -108,12 +109,15 @@ def test_a_missing_folder_is_named() -> None:
 
 def test_a_password_is_cut_out_of_what_a_library_says() -> None:
     assert explain(ArgumentError("no URL: postgresql://u:sec@ret@h/db")) == "PostgreSQL: no URL: postgresql://h/db"
+    assert explain(ArgumentError("no URL: postgresql://u:se/cret@h/db")) == "PostgreSQL: no URL: postgresql://h/db"
 
 
 def test_errors_without_words_of_their_own_are_said_all_the_same() -> None:
     assert explain(TimeoutError()) == "PostgreSQL or Kafka did not answer in time."
     assert explain(KafkaConnectionError()) == "Kafka: KafkaConnectionError"
     assert explain(asyncio.InvalidStateError()) is None
+    assert explain(OSError(errno.ENOSPC, "No space left on device")) == "[Errno 28] No space left on device"
+    assert explain(UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid")) is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +134,7 @@ def test_errors_without_words_of_their_own_are_said_all_the_same() -> None:
         ("CREDITS_JWKS", "keys.json", "needs CREDITS_JWT_ISSUER"),
         ("CREDITS_WEB_RATE", "abc", "is not a whole number"),
         ("CREDITS_WEB_PORT", "65536", "is not a port"),
-        ("CREDITS_WEB_PORT", "0", "is not a port"),
+        ("CREDITS_WEB_PORT", "0", "is less than 1"),
         ("CREDITS_WEB_BIND", "no host", "can't be used"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from workers.settings import SettingsError, WorkerSettings
+from workers.web.settings import WebSettings
 
 NEEDED = {"KAFKA_BOOTSTRAP_SERVERS": "k:9092", "CREDITS_CONTROL_DATABASE_URL": "postgresql://u:secret@h/db"}
 
@@ -54,3 +55,16 @@ def test_a_number_with_which_a_worker_would_do_nothing_is_named() -> None:
             WorkerSettings.from_env({**NEEDED, f"CREDITS_{variable}": "0"})
 
     assert WorkerSettings.from_env({**NEEDED, "CREDITS_LINGER_MS": "0"}).linger_ms == 0
+
+
+def test_a_secret_that_is_no_text_is_named_and_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"caf\xe9")
+    with pytest.raises(SettingsError) as told:
+        WorkerSettings.from_env({**NEEDED, "KAFKA_SASL_PASSWORD_FILE": str(tmp_path / "secret")})
+    assert str(told.value) == "KAFKA_SASL_PASSWORD_FILE is not a text in UTF-8"
+    assert told.value.__cause__ is None
+
+
+def test_a_web_server_that_would_answer_nothing_is_not_started() -> None:
+    with pytest.raises(SettingsError, match="CREDITS_WEB_BURST"):
+        WebSettings.from_env({"CREDITS_WEB_BURST": "0"})

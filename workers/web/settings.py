@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from workers.settings import SettingsError, _read
+from workers.settings import SettingsError, read_variable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,15 @@ class WebSettings:
         """Read the settings; raises SettingsError for what is incomplete or unsafe."""
         environ = os.environ if environ is None else environ
         settings = cls(
-            bootstrap_token=_read(environ, "CREDITS_BOOTSTRAP_TOKEN"),
-            jwks=_read(environ, "CREDITS_JWKS"),
-            jwt_issuer=_read(environ, "CREDITS_JWT_ISSUER"),
-            jwt_audience=_read(environ, "CREDITS_JWT_AUDIENCE"),
+            bootstrap_token=read_variable(environ, "CREDITS_BOOTSTRAP_TOKEN"),
+            jwks=read_variable(environ, "CREDITS_JWKS"),
+            jwt_issuer=read_variable(environ, "CREDITS_JWT_ISSUER"),
+            jwt_audience=read_variable(environ, "CREDITS_JWT_AUDIENCE"),
             rate=_number(environ, "CREDITS_WEB_RATE", cls.rate),
             burst=_number(environ, "CREDITS_WEB_BURST", cls.burst),
         )
+        if settings.burst == 0:
+            raise SettingsError("CREDITS_WEB_BURST is less than 1: nothing could be asked")
         if settings.jwks and not (settings.jwt_issuer and settings.jwt_audience):
             raise SettingsError("CREDITS_JWKS needs CREDITS_JWT_ISSUER and CREDITS_JWT_AUDIENCE")
         if settings.jwks and settings.jwks.startswith("http://"):
@@ -46,7 +48,7 @@ class WebSettings:
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:
-    value = _read(environ, variable)
+    value = read_variable(environ, variable)
     if value is None:
         return default
     if not (value.isascii() and value.isdigit()):
