@@ -23,7 +23,6 @@ CREDITS_MAX: Final = 10**12
 ACCESS_PERIOD_DAYS_MAX: Final = 36_500
 MONEY_LIMIT: Final = Decimal(10**15)
 CREDITS_PER_UNIT_MAX: Final = Decimal(10**6)
-RESOURCE_AMOUNT_MAX: Final = Decimal(10**9)
 _RESOURCE_AMOUNT_LIMIT: Final = Decimal(10**15)
 SECONDS_MAX: Final = 100 * 366 * 86_400
 EVERYWHERE: Final = "*"
