@@ -71,7 +71,7 @@ def check_worker(settings: WorkerSettings) -> WorkerSettings:
     """Return settings that a worker can be started with. Raises SettingsError."""
     if settings.log_level.upper() not in logging.getLevelNamesMapping():
         raise SettingsError(f"CREDITS_LOG_LEVEL is not a level, such as INFO: {settings.log_level!r}")
-    if not 0 < settings.web_port < 1 << 16:
+    if settings.web_port >= 1 << 16:
         raise SettingsError(f"CREDITS_WEB_PORT is not a port: {settings.web_port}")
     bind, port = settings.web_bind, settings.web_port
     try:

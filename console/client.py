@@ -134,8 +134,14 @@ class Client:
             missing -= self.results.keys()
         return [self.results[message_id][0] for message_id in wanted]
 
-    async def call(self, merchant: str | None, command_type: str, payload: Mapping[str, Any]) -> Result:
+    async def call(
+        self,
+        merchant: str | None,
+        command_type: str,
+        payload: Mapping[str, Any],
+        seconds: float = RESULT_SECONDS_MAX,
+    ) -> Result:
         """Send one command and wait for its result."""
         message_id = await self.send(merchant, command_type, payload)
         await self.flush()
-        return (await self.wait([message_id]))[0]
+        return (await self.wait([message_id], seconds))[0]

@@ -66,11 +66,10 @@ async def command(
     by = {"actor": ACTOR} if "actor" in spec.model.model_fields else {}
     async with Client(settings.kafka_bootstrap_servers, settings.security_kwargs()) as client:
         await client.watch(merchant_id, merchant.partitions, from_start=False)
-        message_id = await client.send(merchant_id, command_type, {**by, **payload})
-        await client.flush()
         try:
-            return (await client.wait([message_id], seconds))[0]
+            return await client.call(merchant_id, command_type, {**by, **payload}, seconds)
         except NoResultError:
+            (message_id,) = client.sent
             waits = await _waits_for(merchant, client.source, message_id)
             if waits is None:
                 raise
